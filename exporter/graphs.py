@@ -1,0 +1,327 @@
+"""The three portable ONNX graphs, captured on fake tensors and written weight by weight.
+
+A component is built without memory for its weights, captured by ``torch.export`` and translated
+to ONNX; then each initializer is bound to a deferred read of the checkpoint. Writing touches one
+tensor at a time, so a 7B model is written in the memory of its largest tensor.
+
+Contracts (B images, S new tokens, T cached tokens, I image rows):
+
+- ``vision_encoder``: ``pixel_values`` [B, 3, H, W] -> ``image_features`` [B, N, C]
+- ``projector``: ``image_features`` [B, N, C] -> ``image_embeds`` [B, tokens, D]
+- ``decoder``: ``input_ids`` int32 [S], ``image_embeds`` [I, D], ``past_key_values.{n}.key|value``
+  [T, H_kv, head_dim] -> ``logits`` float32 [S, V], ``present.{n}.key|value`` [S, H_kv, head_dim]
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mvlm_export.engines.errors import CheckpointError, MvlmError
+
+from .config import ModelConfig
+from .models.clip_vision import ClipVisionEncoder
+from .models.llama import LlamaDecoder
+from .models.projectors import build_projector
+
+OPSET = 20
+COMPONENTS = ("vision_encoder", "projector", "decoder")
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_IR_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
+
+WeightSource = Callable[[str], Tensor]
+"""Reads one parameter of a component by its module name, in the checkpoint's own dtype."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (tensors written, tensors in all, name) while a graph is written."""
+
+
+class ExportedLinear(nn.Module):
+    """A linear layer whose weight lies [in, out], so that it exports as a plain MatMul."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        shape = (linear.in_features, linear.out_features)
+        self.weight = nn.Parameter(linear.weight.new_empty(shape), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = x @ self.weight
+        return product if self.bias is None else product + self.bias
+
+
+def _replace_linears(module: nn.Module, prefix: str = "") -> set[str]:
+    """Swap every linear for its exported form; the names of the weights now transposed."""
+    transposed: set[str] = set()
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.Linear):
+            setattr(module, name, ExportedLinear(child))
+            transposed.add(f"{path}.weight")
+        else:
+            transposed |= _replace_linears(child, f"{path}.")
+    return transposed
+
+
+def build_component(name: str, config: ModelConfig) -> nn.Module:
+    """One of ``COMPONENTS`` in PyTorch, weights uninitialised or random."""
+    if name == "vision_encoder":
+        return ClipVisionEncoder(
+            config.vision, config.vision_layers_used, config.select_feature == "cls_patch"
+        )
+    return build_projector(config) if name == "projector" else LlamaDecoder(config.text)
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """Example inputs of a component with the names of tensors and of dynamic axes."""
+
+    args: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+    inputs: list[str]
+    outputs: list[str]
+    dynamic_axes: dict[str, dict[int, str]]
+
+
+def cache_names(prefix: str, layers: int) -> list[str]:
+    """``{prefix}.{n}.key`` and ``.value`` of each layer, in the decoder's order."""
+    return [f"{prefix}.{n}.{part}" for n in range(layers) for part in ("key", "value")]
+
+
+def _image_signature(name: str, config: ModelConfig, dtype: torch.dtype) -> _Signature:
+    batch = torch.export.Dim("B", min=1)
+    vision = config.vision
+    if name == "vision_encoder":
+        shape = (2, 3, vision.image_size, vision.image_size)
+        inputs, outputs = "pixel_values", "image_features"
+    else:
+        shape = (2, config.image_feature_tokens, vision.hidden_size)
+        inputs, outputs = "image_features", "image_embeds"
+    axes = {inputs: {0: "B"}, outputs: {0: "B"}}
+    args = (torch.zeros(shape, dtype=dtype),)
+    return _Signature(args, ({0: batch},), [inputs], [outputs], axes)
+
+
+def _decoder_signature(config: ModelConfig, dtype: torch.dtype) -> _Signature:
+    text = config.text
+    new = torch.export.Dim("S", min=1)
+    seen = torch.export.Dim("T", min=0)
+    rows = torch.export.Dim("I", min=1)
+    count = 2 * text.num_hidden_layers
+    shape = (5, text.num_key_value_heads, text.head_dim)
+    past = [torch.zeros(shape, dtype=dtype) for _ in range(count)]
+    ids = torch.zeros(3, dtype=torch.int32)
+    args = (ids, torch.zeros(7, text.hidden_size, dtype=dtype), past)
+    past_names = cache_names("past_key_values", text.num_hidden_layers)
+    present_names = cache_names("present", text.num_hidden_layers)
+    axes = {"input_ids": {0: "S"}, "image_embeds": {0: "I"}, "logits": {0: "S"}}
+    axes |= {name: {0: "T"} for name in past_names}
+    axes |= {name: {0: "S"} for name in present_names}
+    return _Signature(
+        args,
+        ({0: new}, {0: rows}, [{0: seen}] * count),
+        ["input_ids", "image_embeds", *past_names],
+        ["logits", *present_names],
+        axes,
+    )
+
+
+@contextmanager
+def _quiet_capture() -> Iterator[None]:
+    """Silence the exporter's notices about packages and weights it does not need."""
+    names = ("torch.onnx", "onnx_ir", "onnxscript")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """An ONNX graph whose weights are not read yet.
+
+    Attributes:
+        transposed: names of initializers that lie [in, out] here, [out, in] in the checkpoint.
+    """
+
+    name: str
+    model: ir.Model
+    dtype: torch.dtype
+    transposed: frozenset[str]
+    buffers: Mapping[str, Tensor]
+
+
+def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
+    """Capture a component as ONNX without touching weights.
+
+    Args:
+        name: one of ``COMPONENTS``.
+        dtype: ``float32`` or ``float16`` for weights, cache, and image tensors.
+
+    Raises:
+        MvlmError: an axis that must be dynamic came out fixed.
+    """
+    torch_dtype = TORCH_DTYPES[dtype]
+    with _quiet_capture(), FakeTensorMode(allow_non_fake_inputs=True):
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(torch_dtype)
+        try:
+            module = build_component(name, config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(previous)
+        transposed = _replace_linears(module)
+        signature = (
+            _decoder_signature(config, torch_dtype)
+            if name == "decoder"
+            else _image_signature(name, config, torch_dtype)
+        )
+        program = torch.onnx.export(
+            module,
+            signature.args,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=signature.dynamic_shapes,
+            input_names=signature.inputs,
+            output_names=signature.outputs,
+            optimize=False,
+            verify=False,
+            verbose=False,
+        )
+        assert program is not None
+        model = program.model
+        for value in model.graph.initializers.values():
+            value.const_value = None
+        onnxscript.optimizer.optimize_ir(model)
+    model.graph.name = name
+    model.producer_name = "mvlm-export"
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    _assert_dynamic(name, model, signature.dynamic_axes)
+    buffers = {}
+    if name == "decoder":
+        cos, sin = _rotary_tables(config)
+        buffers = {"rotary_cos": cos, "rotary_sin": sin}
+    return CapturedGraph(name, model, torch_dtype, frozenset(transposed), buffers)
+
+
+def _rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    from .models.llama import rotary_tables
+
+    return rotary_tables(config.text)
+
+
+def _assert_dynamic(name: str, model: ir.Model, axes: dict[str, dict[int, str]]) -> None:
+    """Every named axis must have kept its name, every other must be a number."""
+    values = {str(value.name): value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for tensor, named in axes.items():
+        shape = values[tensor].shape if tensor in values else None
+        if shape is None:
+            raise MvlmError(f"{name}: the captured graph has no tensor {tensor!r}.")
+        for axis, dim in enumerate(shape):
+            found = dim if isinstance(dim, int) else dim.value
+            wanted = named.get(axis)
+            if (wanted is None) != isinstance(found, int) or (wanted and wanted != found):
+                raise MvlmError(
+                    f"{name}: axis {axis} of {tensor!r} came out as {found!r}, "
+                    f"wanted {wanted or 'a fixed size'}. The exporter specialised a dynamic "
+                    "axis; install the torch and onnxscript versions of the lock file."
+                )
+
+
+def _to_array(tensor: Tensor, captured: CapturedGraph, name: str) -> np.ndarray:
+    wide = tensor.t() if name in captured.transposed else tensor
+    cast = wide.to(captured.dtype).contiguous()
+    if captured.dtype is torch.float16 and not bool(torch.isfinite(cast).all()):
+        raise CheckpointError(
+            f"{name}: a weight is beyond float16's range (65504) or not finite. "
+            "Compile with --recipe fp32, or repair the checkpoint."
+        )
+    return cast.numpy()
+
+
+def bind_weights(
+    captured: CapturedGraph, source: WeightSource, progress: Progress | None = None
+) -> None:
+    """Give every unbound initializer a deferred read, transposed and cast on the fly."""
+    unbound = [
+        (str(value.name), value)
+        for value in captured.model.graph.initializers.values()
+        if value.const_value is None
+    ]
+    done = 0
+
+    def make_reader(name: str, dtype: ir.DataType) -> Callable[[], ir.Tensor]:
+        def read() -> ir.Tensor:
+            nonlocal done
+            if name in captured.buffers:
+                array = captured.buffers[name].numpy()
+            else:
+                array = _to_array(source(name), captured, name)
+            done += 1
+            if progress is not None:
+                progress(done, len(unbound), name)
+            return ir.Tensor(array, dtype=dtype, name=name)
+
+        return read
+
+    for name, value in unbound:
+        assert value.shape is not None and value.dtype is not None
+        value.const_value = ir.LazyTensor(
+            make_reader(name, value.dtype), dtype=value.dtype, shape=value.shape, name=name
+        )
+
+
+def write_graph(captured: CapturedGraph, folder: Path) -> Path:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` and check them.
+
+    Raises:
+        MvlmError: ``onnx.checker`` with full shape inference refuses the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MODEL_FILE
+    ir.save(captured.model, path, external_data=DATA_FILE, size_threshold_bytes=256)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise MvlmError(f"{captured.name}: the exported graph is not valid ONNX: {error}") from (
+            error
+        )
+    return path
+
+
+def export_graph(
+    name: str,
+    config: ModelConfig,
+    dtype: str,
+    source: WeightSource,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Path:
+    """Capture, bind and write one component; the path of its ``model.onnx``."""
+    captured = capture_graph(name, config, dtype)
+    bind_weights(captured, source, progress)
+    return write_graph(captured, folder)
