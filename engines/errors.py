@@ -28,4 +28,4 @@ class MissingPackageError(MvlmError):
 
 
 class ParityError(MvlmError):
-    """A compiled graph does not agree with the PyTorch model; the command line exits with 1."""
+    """A compiled graph does not agree with PyTorch's; the command line exits with 1."""

@@ -1,0 +1,349 @@
+"""From prompt ids to a streamed answer: prefill, decode one token at a time, stop.
+
+Everything here is about one answer; what it runs on is a :class:`DecoderSession`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import InputError
+from .prompt import PromptIds
+from .sampling import Sampler, SamplingParams
+from .session import DecoderSession, Float32Array, FloatArray, IdArray
+from .tokenizer import LlamaTokenizer, StreamDecoder
+
+FinishReason = Literal["stop", "length", "stop_string", "context", "interrupted"]
+"""Why an answer ended: the model said so; max_tokens; a stop string; no position was left; the
+stream was closed or interrupted."""
+
+_PHASES = ("preprocess", "vision", "projector", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and counts of one answer; time that the reader of a stream took is left out.
+
+    Attributes:
+        load: opening the bundle, once for all answers.
+        preprocess: reading, padding, resizing and normalising the images.
+        vision: the vision encoder, all images.
+        projector: the projector, all images.
+        prefill: the decoder over the prompt, and the choice of the first token.
+        time_to_first_token: from the start of the work to the first token.
+        decode: all tokens after the first.
+        total: from the start of the work to its end, without ``load``.
+        prefill_tokens: rows that prefill ran, image rows included.
+        cached_tokens: rows of the prompt that the cache held already.
+        decode_tokens: tokens after the first.
+    """
+
+    load: float
+    preprocess: float
+    vision: float
+    projector: float
+    prefill: float
+    time_to_first_token: float
+    decode: float
+    total: float
+    prefill_tokens: int
+    cached_tokens: int
+    decode_tokens: int
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Speed after the first token; 0 where there is only one."""
+        return self.decode_tokens / self.decode if self.decode_tokens else 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt rows a second."""
+        return self.prefill_tokens / self.prefill
+
+    def to_json(self) -> dict[str, float | int]:
+        """Every figure by name, the speeds included."""
+        return {
+            **asdict(self),
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: without special tokens and without what a stop string ended.
+        ids: every generated id, the one that ended the answer included.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "text": self.text,
+            "ids": list(self.ids),
+            "finish_reason": self.finish_reason,
+            "timings": self.timings.to_json(),
+        }
+
+
+class PhaseClock:
+    """Seconds by phase, from its making on; pauses count nowhere."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(_PHASES, 0.0)
+        self._start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since the start, pauses left out."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a phase."""
+        start = self.elapsed()
+        yield
+        self.seconds[name] += self.elapsed() - start
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of the block out."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
+
+
+class StopScanner:
+    """Passes text on up to the first stop string, and never a part of one.
+
+    Text that may be the beginning of a stop string is held back until it is not.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What is safe to show after ``text``; nothing more once ``stopped``."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        places = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops]
+        found = [(end, start) for end, start in places if start >= 0]
+        if found:  # the one that is complete first, so that it is the same by any tokens
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def finish(self) -> str:
+        """What was held back, when no text follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that a stop string begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class DecoderState:
+    """A cache together with the ids whose rows it holds."""
+
+    def __init__(self, decoder: DecoderSession) -> None:
+        self.cache = decoder.new_cache()
+        self._decoder = decoder
+        self._ids: IdArray = np.zeros(self.cache.capacity, np.int32)
+
+    @property
+    def ids(self) -> IdArray:
+        """int32 [length]: the ids in the cache."""
+        return self._ids[: self.cache.length]
+
+    def rewind(self, prompt: PromptIds) -> int:
+        """Keep the rows that ``prompt`` begins with too, but not its last one; their number.
+
+        The last row is always run, since its logits are needed.
+        """
+        kept = min(prompt.shared_prefix(self.ids), len(prompt) - 1)
+        self.cache.truncate(kept)
+        return kept
+
+    def prefill(self, prompt: PromptIds, image_embeds: FloatArray) -> Float32Array:
+        """Run what the cache lacks of the prompt: logits [V] of its last row."""
+        return self._append(prompt.ids[self.cache.length :], image_embeds)
+
+    def decode_one_token(self, id_: int, image_embeds: FloatArray) -> Float32Array:
+        """Run one generated token: logits [V] for the next; the image rows are not read."""
+        return self._append(np.array([id_], np.int32), image_embeds[:1])
+
+    def _append(self, ids: IdArray, image_embeds: FloatArray) -> Float32Array:
+        # Written before the run: whatever interrupts it, ids[:length] are those in the cache.
+        start = self.cache.length
+        self.cache.require_room(len(ids))
+        self._ids[start : start + len(ids)] = ids
+        return self._decoder.append(self.cache, ids, image_embeds)
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """What generation needs to know of the model."""
+
+    tokenizer: LlamaTokenizer
+    vocab_size: int
+    stop_ids: frozenset[int]
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question, checked and ready to run.
+
+    Attributes:
+        limit: tokens that may be generated, at least 1.
+        limit_reason: the finish reason when they are used up.
+        embed: makes the image rows [I, D], I >= 1, that ``prompt`` names.
+        lease: lends a state; rows that it shares with the prompt are reused.
+        commit: called with the answer, before the state is given back.
+    """
+
+    prompt: PromptIds
+    params: SamplingParams
+    limit: int
+    limit_reason: FinishReason
+    embed: Callable[[PhaseClock], FloatArray]
+    lease: Callable[[], AbstractContextManager[DecoderState]]
+    commit: Callable[[Answer], None]
+
+
+class AnswerStream(Iterator[str]):
+    """Text deltas of an answer; at their end, ``answer`` holds the whole.
+
+    The work begins with the first delta asked for. Closing it early (``close``, leaving a
+    ``with`` block, Ctrl-C) ends the answer there and leaves the model ready for the next.
+    """
+
+    def __init__(self, model: TextModel, request: Request) -> None:
+        self._model = model
+        self._request = request
+        self._answer: Answer | None = None
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._reason: FinishReason = "interrupted"
+        self._first_token_at = 0.0
+        self._deltas = self._run()
+
+    def __next__(self) -> str:
+        return next(self._deltas)
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the answer here, if it has not ended."""
+        self._deltas.close()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer.
+
+        Raises:
+            InputError: the stream has not been read to its end, or gave no token.
+        """
+        if self._answer is None:
+            raise InputError(
+                "There is no answer yet: read the stream to its end, or close it after its "
+                "first token."
+            )
+        return self._answer
+
+    def read(self) -> Answer:
+        """Read to the end."""
+        for _ in self:
+            pass
+        return self.answer
+
+    def _run(self) -> Generator[str, None, None]:
+        clock = PhaseClock()
+        image_embeds = self._request.embed(clock)
+        with self._request.lease() as state:
+            kept = state.rewind(self._request.prompt)
+            try:
+                yield from self._deltas_of(state, image_embeds, clock)
+                self._complete(clock, kept)
+            except (GeneratorExit, KeyboardInterrupt):
+                if self._ids:
+                    self._complete(clock, kept)
+                raise
+            finally:
+                if self._answer is None:
+                    state.cache.truncate(kept)
+
+    def _deltas_of(
+        self, state: DecoderState, image_embeds: FloatArray, clock: PhaseClock
+    ) -> Generator[str, None, None]:
+        model, request = self._model, self._request
+        prompt_ids = request.prompt.ids
+        sampler = Sampler(request.params, prompt_ids[prompt_ids < model.vocab_size].tolist())
+        scanner = StopScanner(request.params.stop)
+        text_decoder = StreamDecoder(model.tokenizer)
+        with clock.phase("prefill"):
+            id_ = sampler.choose(state.prefill(request.prompt, image_embeds))
+        self._first_token_at = clock.elapsed()
+        while True:
+            self._ids.append(id_)
+            is_stop = id_ in model.stop_ids and not request.params.ignore_eos
+            delta = "" if is_stop else scanner.feed(text_decoder.feed(id_))
+            ends = is_stop or scanner.stopped or len(self._ids) == request.limit
+            if ends:
+                delta += scanner.feed(text_decoder.finish()) + scanner.finish()
+                self._reason = "stop" if is_stop else request.limit_reason
+                self._reason = "stop_string" if scanner.stopped else self._reason
+            if delta:
+                self._text.append(delta)
+                with clock.pause():
+                    yield delta
+            if ends:
+                return
+            with clock.phase("decode"):
+                id_ = sampler.choose(state.decode_one_token(id_, image_embeds))
+
+    def _complete(self, clock: PhaseClock, kept: int) -> None:
+        timings = Timings(
+            load=self._model.load_seconds,
+            **clock.seconds,
+            time_to_first_token=self._first_token_at,
+            total=clock.elapsed(),
+            prefill_tokens=len(self._request.prompt) - kept,
+            cached_tokens=kept,
+            decode_tokens=len(self._ids) - 1,
+        )
+        text = "".join(self._text)
+        self._answer = Answer(text, tuple(self._ids), self._reason, timings)
+        self._request.commit(self._answer)

@@ -1,0 +1,311 @@
+"""What a bundle says about itself: the records of ``manifest.json``, checked when read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import PureWindowsPath
+from typing import Any
+
+from .errors import BundleError
+from .kv_cache import cache_names
+
+SCHEMA_VERSION = 1
+GRAPHS = ("vision_encoder", "projector", "decoder")
+"""The graphs of every bundle."""
+
+GRAPH_DTYPES = ("float32", "float16")
+_TENSOR_DTYPES = (*GRAPH_DTYPES, "int64", "int32", "int8", "uint8", "bool")
+_LARGEST = 2**31 - 1
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; an axis is a number or the name of a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of the bundle.
+
+    Attributes:
+        file: path of ``model.onnx`` inside the bundle; its data file lies beside it.
+        dtype: ``float32`` or ``float16``, of weights, cache and image tensors.
+    """
+
+    file: str
+    dtype: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the runtime must know of the model.
+
+    Attributes:
+        max_positions: longest sequence, prompt and answer together.
+        image_tokens: decoder rows that one image takes.
+        stop_ids: token ids that end an answer.
+        template: name of the prompt template in ``engines.prompt``.
+        image_processor: ``ImageProcessorConfig`` as a JSON object.
+    """
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_positions: int
+    image_tokens: int
+    stop_ids: tuple[int, ...]
+    template: str
+    image_processor: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of ``manifest.json``.
+
+    Attributes:
+        kv_form: ``append``: the decoder returns the new cache rows alone, sequence-major.
+        files: sha256 of every other file of the bundle, by path inside it.
+        tools: versions of the packages that made the bundle.
+        source: where the weights came from: checkpoint path and sha256 of its config.
+    """
+
+    model: ModelSpec
+    target: str
+    recipe: str
+    graphs: Mapping[str, GraphSpec]
+    kv_form: str = "append"
+    jetpack: int | None = None
+    tools: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that ``from_json`` reads back unchanged."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            BundleError: another schema version, or a field is missing, unknown or wrong; the
+                message names it.
+        """
+        version = data.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise BundleError(
+                f"The bundle's manifest has schema version {version!r}; this package reads "
+                f"version {SCHEMA_VERSION}. Compile the bundle again with this version, or "
+                "install the version that wrote it."
+            )
+        top = _Record(data, "", cls)
+        model = _read_model(_Record(top["model"], "model", ModelSpec))
+        graphs = _read_graphs(top, model.num_layers)
+        readers: dict[str, Callable[[str], Any]] = {
+            "kv_form": top.text,
+            "jetpack": lambda key: None if top[key] is None else top.size(key),
+            "tools": top.texts,
+            "checks": top.mapping,
+            "files": lambda key: _read_files(top, key),
+            "source": top.texts,
+        }
+        optional = {key: read(key) for key, read in readers.items() if key in top.data}
+        manifest = cls(model, top.text("target"), top.text("recipe"), graphs, **optional)
+        for name, graph in graphs.items():
+            if manifest.files and graph.file not in manifest.files:
+                raise _damaged(f"graphs.{name}.file", graph.file, "a path that 'files' lists")
+        return manifest
+
+
+def graph_tensors(name: str, num_layers: int) -> tuple[list[str], list[str]]:
+    """Names of the inputs and outputs that a graph of ``GRAPHS`` has, in the graph's order."""
+    if name == "vision_encoder":
+        return ["pixel_values"], ["image_features"]
+    if name == "projector":
+        return ["image_features"], ["image_embeds"]
+    past, present = (cache_names(p, num_layers) for p in ("past_key_values", "present"))
+    return ["input_ids", "image_embeds", *past], ["logits", *present]
+
+
+def _damaged(place: str, value: object, wanted: str) -> BundleError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return BundleError(
+        f"The bundle's manifest is damaged: {place} is {shown}, but {wanted} is needed there. "
+        "Copy the bundle again, or compile it again."
+    )
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST
+
+
+class _Record:
+    """A JSON object with the fields of a dataclass, which are read with checks.
+
+    Raises:
+        BundleError: it is no object, or a field is missing or unknown.
+    """
+
+    def __init__(self, data: object, place: str, kind: type) -> None:
+        self.place = place
+        if not isinstance(data, Mapping):
+            raise _damaged(place, data, "an object")
+        self.data: Mapping[str, Any] = data
+        known = {
+            item.name: item.default is MISSING and item.default_factory is MISSING
+            for item in fields(kind)
+        }
+        wrong = [("lacks", key) for key in known if known[key] and key not in data]
+        wrong += [("has the unknown field", str(key)) for key in data if key not in known]
+        if wrong:
+            what, key = wrong[0]
+            raise BundleError(
+                f"The bundle's manifest is damaged: it {what} {self.path_of(key)!r}. Copy the "
+                "bundle again, or compile it again with this version."
+            )
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401
+        return self.data[key]
+
+    def path_of(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+    def bad(self, key: str, wanted: str) -> BundleError:
+        return _damaged(self.path_of(key), self[key], wanted)
+
+    def text(self, key: str) -> str:
+        """A string that is not empty."""
+        value = self[key]
+        if not isinstance(value, str) or not value:
+            raise self.bad(key, "a text")
+        return value
+
+    def size(self, key: str) -> int:
+        """A whole number from 1 on that fits 32 bits."""
+        value = self[key]
+        if not _is_size(value):
+            raise self.bad(key, f"a whole number of 1 to {_LARGEST}")
+        return int(value)
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        if self[key] not in allowed:
+            raise self.bad(key, f"one of {', '.join(allowed)}")
+        return str(self[key])
+
+    def items(self, key: str) -> list[Any]:
+        """A list, or the tuple that ``to_json`` makes of one."""
+        value = self[key]
+        if not isinstance(value, (list, tuple)):
+            raise self.bad(key, "a list")
+        return list(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self[key]
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise self.bad(key, "an object")
+        return dict(value)
+
+    def texts(self, key: str) -> dict[str, str]:
+        """An object of texts."""
+        found = self.mapping(key)
+        for name, value in found.items():
+            if not isinstance(value, str):
+                raise _damaged(f"{self.path_of(key)}.{name}", value, "a text")
+        return found
+
+
+def _read_model(model: _Record) -> ModelSpec:
+    heads, kv_heads = model.size("num_attention_heads"), model.size("num_key_value_heads")
+    if heads % kv_heads:
+        raise model.bad("num_key_value_heads", f"a divisor of the {heads} attention heads")
+    vocab_size, stop_ids = model.size("vocab_size"), model.items("stop_ids")
+    if not stop_ids or not all(type(i) is int and 0 <= i < vocab_size for i in stop_ids):
+        raise model.bad("stop_ids", f"a list of ids of 0 to {vocab_size - 1}")
+    return ModelSpec(
+        name=model.text("name"),
+        vocab_size=vocab_size,
+        hidden_size=model.size("hidden_size"),
+        num_layers=model.size("num_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=model.size("head_dim"),
+        max_positions=model.size("max_positions"),
+        image_tokens=model.size("image_tokens"),
+        stop_ids=tuple(stop_ids),
+        template=model.text("template"),
+        image_processor=model.mapping("image_processor"),
+    )
+
+
+def _read_graphs(top: _Record, num_layers: int) -> dict[str, GraphSpec]:
+    found = top.mapping("graphs")
+    if set(found) != set(GRAPHS):
+        raise _damaged("graphs", sorted(found), f"each of {', '.join(GRAPHS)}")
+    return {name: _read_graph(name, found[name], num_layers) for name in found}
+
+
+def _read_graph(name: str, data: object, num_layers: int) -> GraphSpec:
+    graph = _Record(data, f"graphs.{name}", GraphSpec)
+    if not _is_inside(graph.text("file")):
+        raise graph.bad("file", "a path inside the bundle")
+    inputs, outputs = _read_tensors(graph, "inputs"), _read_tensors(graph, "outputs")
+    wanted_inputs, wanted_outputs = graph_tensors(name, num_layers)
+    for key, tensors, wanted in (
+        ("inputs", inputs, wanted_inputs),
+        ("outputs", outputs, wanted_outputs),
+    ):
+        names = [tensor.name for tensor in tensors]
+        if sorted(names) != sorted(wanted):
+            other = sorted(set(names) ^ set(wanted)) or names
+            raise BundleError(
+                f"The bundle's manifest is damaged: {graph.path_of(key)} are not those of the "
+                f"model (different: {', '.join(other[:4])}). Copy the bundle again, or "
+                "compile it again."
+            )
+    dtype = graph.choice("dtype", GRAPH_DTYPES)
+    return GraphSpec(graph.text("file"), dtype, inputs, outputs)
+
+
+def _read_tensors(graph: _Record, key: str) -> tuple[TensorSpec, ...]:
+    tensors = []
+    for index, data in enumerate(graph.items(key)):
+        tensor = _Record(data, f"{graph.path_of(key)}.{index}", TensorSpec)
+        shape = tensor.items("shape")
+        if not all(_is_size(axis) or (isinstance(axis, str) and axis) for axis in shape):
+            raise tensor.bad("shape", "a list of sizes and names of dynamic axes")
+        dtype = tensor.choice("dtype", _TENSOR_DTYPES)
+        tensors.append(TensorSpec(tensor.text("name"), dtype, tuple(shape)))
+    return tuple(tensors)
+
+
+def _read_files(top: _Record, key: str) -> dict[str, str]:
+    files = top.texts(key)
+    for path, digest in files.items():
+        if not _is_inside(path):
+            raise _damaged(key, path, "a path inside the bundle")
+        if not _DIGEST.fullmatch(digest):
+            raise _damaged(f"{key}.{path}", digest, "a sha256 of 64 hexadecimal digits")
+    return files
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path, as written in a manifest, stays below the bundle's folder everywhere."""
+    if "\\" in path or "\0" in path or PureWindowsPath(path).drive:
+        return False
+    return not {"", ".", ".."} & set(path.split("/"))

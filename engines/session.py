@@ -1,0 +1,90 @@
+"""What a backend must offer so that ``VLM`` can run a bundle on it.
+
+A backend opens graphs that take one tensor and give one (vision encoder, projector), and one
+decoder whose weights serve any number of caches. Arrays at this border are numpy's; everything
+that is large and lives long (weights, cache) stays inside the backend, on its own device: a
+cache is created by the decoder that will use it, in that decoder's memory, and is addressed
+through :class:`KvCache`, so a TensorRT decoder gives ``past_address`` and ``new_address``
+to its execution context exactly as ONNX Runtime's IO binding takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .kv_cache import KvCache
+
+FloatArray = npt.NDArray[np.floating[Any]]
+Float32Array = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How to run.
+
+    Attributes:
+        provider: the device kind, in the backend's own terms (``cpu``, ``cuda``).
+        threads: CPU threads for one operator; None means the backend's default.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise InputError(
+                f"threads is {self.threads}; give 1 or more, or None for the default."
+            )
+
+
+class GraphSession(Protocol):
+    """A graph with one input and one output, such as the vision encoder."""
+
+    @property
+    def name(self) -> str:
+        """The graph's name in the bundle."""
+
+    def run(self, array: FloatArray) -> FloatArray:
+        """Output of the graph for ``array``, which is cast to the graph's dtype.
+
+        Raises:
+            EngineError: the graph cannot run on this input.
+        """
+
+
+class DecoderSession(Protocol):
+    """The decoder: appends rows to a cache and gives the logits of the last one."""
+
+    def new_cache(self) -> KvCache:
+        """An empty cache of ``max_positions`` rows in this decoder's memory."""
+
+    def append(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> Float32Array:
+        """Run ``ids`` behind what the cache holds and keep their keys and values there.
+
+        Args:
+            cache: one that ``new_cache`` of this session made; its length grows by S.
+            ids: [S], S >= 1; an id >= vocab_size names a row of ``image_embeds``.
+            image_embeds: [I, D], I >= 1; rows that no id names are ignored.
+
+        Returns:
+            Logits [V] of the last row, the caller's own copy.
+
+        Raises:
+            EngineError: no room in the cache, or the graph failed; the cache is as before.
+        """
+
+
+class Backend(Protocol):
+    """Opens the graphs of one bundle."""
+
+    def open_graph(self, name: str) -> GraphSession:
+        """A graph with one input and one output."""
+
+    def open_decoder(self) -> DecoderSession:
+        """The decoder."""

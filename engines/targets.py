@@ -1,0 +1,301 @@
+"""What the compiler can compile for: one frozen record per target, asked for capabilities.
+
+No code compares a target by name; it asks ``target.op_set``, ``target.builds_on_host`` and so
+on. JetPack decides the TensorRT of a Jetson, so a Jetson record is made from a module (memory,
+bandwidth) and a JetPack (TensorRT, opset, operators).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from .errors import InputError
+
+RuntimeKind = Literal["tensorrt", "tensorrt_rtx", "onnxruntime"]
+RUNTIME_TITLES: dict[RuntimeKind, str] = {
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT-RTX",
+    "onnxruntime": "ONNX Runtime",
+}
+
+# ONNX's own names of element types (onnx.TensorProto.DataType).
+_TENSORRT_DTYPES = frozenset(
+    {"FLOAT", "FLOAT16", "BFLOAT16", "INT64", "INT32", "INT8", "INT4", "UINT8", "BOOL"}
+)
+# ONNX Runtime's CPU and CUDA kernels; FLOAT8 and BFLOAT16 have too few of them to rely on.
+_ONNXRUNTIME_DTYPES = frozenset(
+    {
+        "FLOAT",
+        "FLOAT16",
+        "DOUBLE",
+        "INT64",
+        "INT32",
+        "INT16",
+        "INT8",
+        "INT4",
+        "UINT64",
+        "UINT32",
+        "UINT16",
+        "UINT8",
+        "UINT4",
+        "BOOL",
+        "STRING",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one kind of device can be given.
+
+    Attributes:
+        name: what ``--target`` is called with.
+        title: the device and its software, for people.
+        runtime: which library runs the bundle's graphs there.
+        compute_capability: of the GPU that engines are made for, (8, 7) for Orin; None for a
+            target without engines.
+        memory_gb: memory of the module, shared by CPU and GPU on Jetson; None if it varies.
+        bandwidth_gb_s: memory bandwidth in GB/s, decimal; None if it varies.
+        tensorrt_version: (major, minor) that reads the graphs; None without TensorRT.
+        opset_ceiling: highest ONNX opset that may reach it.
+        ir_ceiling: highest ONNX IR version that may reach it.
+        op_set: name of the operator allow-list in ``passes.tensorrt_ops``; None allows all
+            standard operators.
+        dtypes: element types that may stand in a graph, by ONNX's names.
+        io_only_dtypes: those of them that may stand at graph inputs and outputs alone.
+        extra_domains: operator domains allowed beside the standard one.
+        symmetric_quantization: True if every Q/DQ zero point must be zero or absent.
+        kv_form: form of the decoder's cache; "append" is past in, new rows out.
+        default_recipe: recipe chosen when the user names none.
+        builds_on_host: False if engines can be built on the device alone.
+        execution_provider: ONNX Runtime's provider; None for TensorRT.
+        jetpack: JetPack major version; None off Jetson.
+    """
+
+    name: str
+    title: str
+    runtime: RuntimeKind
+    compute_capability: tuple[int, int] | None
+    memory_gb: float | None
+    bandwidth_gb_s: float | None
+    tensorrt_version: tuple[int, int] | None
+    opset_ceiling: int
+    ir_ceiling: int
+    op_set: str | None
+    dtypes: frozenset[str]
+    io_only_dtypes: frozenset[str]
+    extra_domains: frozenset[str]
+    symmetric_quantization: bool
+    kv_form: Literal["append"]
+    default_recipe: Literal["fp16", "fp32"]
+    builds_on_host: bool
+    execution_provider: str | None = None
+    jetpack: int | None = None
+
+    @property
+    def provider(self) -> Literal["cpu", "cuda"]:
+        """What ONNX Runtime runs the bundle's graphs on."""
+        return "cuda" if self.execution_provider == "CUDAExecutionProvider" else "cpu"
+
+    @property
+    def has_engines(self) -> bool:
+        """True if graphs become TensorRT plans for this target."""
+        return self.runtime != "onnxruntime"
+
+    @property
+    def times_kernels(self) -> bool:
+        """True if a build times kernels on the GPU, so that a timing cache shortens the next.
+
+        TensorRT-RTX chooses its kernels when an engine is loaded.
+        """
+        return self.runtime == "tensorrt"
+
+    def plan_folder(
+        self, tensorrt_version: str, compute_capability: tuple[int, int] | None = None
+    ) -> str:
+        """Folder of its plans in a bundle, ``orin-trt10.3.0-sm87``.
+
+        Args:
+            tensorrt_version: of the package that builds.
+            compute_capability: of the GPU built for; None is the target's.
+
+        Raises:
+            InputError: the target has no engines.
+        """
+        capability = compute_capability or self.compute_capability
+        if capability is None:
+            raise InputError(
+                f"Target {self.name!r} runs ONNX files and has no engines, so no plan folder."
+            )
+        major, minor = capability
+        return f"{self.name}-trt{tensorrt_version}-sm{major}{minor}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for manifests and ``--json``; sets become sorted lists."""
+        values = asdict(self)
+        for key, value in values.items():
+            if isinstance(value, frozenset):
+                values[key] = sorted(value)
+            elif isinstance(value, tuple):
+                values[key] = list(value)
+        return values
+
+
+@dataclass(frozen=True)
+class _JetPack:
+    """What a JetPack release brings: its TensorRT and what that reads."""
+
+    tensorrt_version: tuple[int, int]
+    opset_ceiling: int
+    ir_ceiling: int
+    op_set: str
+
+
+_JETPACKS = {
+    # JetPack 6.1/6.2: L4T R36.4, CUDA 12.6, TensorRT 10.3. onnx-tensorrt documents opset 9-20;
+    # its parser reads INT4, which ONNX has from opset 21 only. IR 10 is ONNX 1.16's, the ONNX
+    # that parser is built with.
+    6: _JetPack((10, 3), opset_ceiling=21, ir_ceiling=10, op_set="tensorrt_10_3"),
+    # JetPack 7.2: L4T R39.2, CUDA 13.2, TensorRT 10.16. onnx-tensorrt's operators.md of 10.15:
+    # opset 9-24; its changelog's last ONNX is 1.18 (10.11), whose IR is 11.
+    7: _JetPack((10, 16), opset_ceiling=24, ir_ceiling=11, op_set="tensorrt_10_16"),
+}
+_DEFAULT_JETPACK = 6
+
+
+def _jetson(name: str, module: str, memory_gb: float, bandwidth_gb_s: float) -> Target:
+    """A Jetson Orin module under the default JetPack.
+
+    Memory and bandwidth: NVIDIA's module data sheets. Compute capability 8.7 (Ampere): FP16,
+    BF16, INT8 and weight-only INT4, no FP8. TensorRT engines only run on the kind of device
+    that built them.
+    """
+    jetpack = _JETPACKS[_DEFAULT_JETPACK]
+    target = Target(
+        name=name,
+        title=module,
+        runtime="tensorrt",
+        compute_capability=(8, 7),
+        memory_gb=memory_gb,
+        bandwidth_gb_s=bandwidth_gb_s,
+        tensorrt_version=jetpack.tensorrt_version,
+        opset_ceiling=jetpack.opset_ceiling,
+        ir_ceiling=jetpack.ir_ceiling,
+        op_set=jetpack.op_set,
+        dtypes=_TENSORRT_DTYPES,
+        # onnx-tensorrt operators.md: "UINT8 is only supported as network input or output".
+        io_only_dtypes=frozenset({"UINT8"}),
+        extra_domains=frozenset(),
+        symmetric_quantization=True,
+        kv_form="append",
+        default_recipe="fp16",
+        builds_on_host=False,
+    )
+    return _with_jetpack(target, module, _DEFAULT_JETPACK)
+
+
+def _with_jetpack(target: Target, module: str, version: int) -> Target:
+    jetpack = _JETPACKS[version]
+    major, minor = jetpack.tensorrt_version
+    return replace(
+        target,
+        title=f"{module}, JetPack {version} (TensorRT {major}.{minor})",
+        tensorrt_version=jetpack.tensorrt_version,
+        opset_ceiling=jetpack.opset_ceiling,
+        ir_ceiling=jetpack.ir_ceiling,
+        op_set=jetpack.op_set,
+        jetpack=version,
+    )
+
+
+def _onnxruntime(name: str, title: str, recipe: Literal["fp16", "fp32"], ep: str) -> Target:
+    """ONNX Runtime 1.20 or newer: opset 21 and IR 10 are what all of those read."""
+    return Target(
+        name=name,
+        title=title,
+        runtime="onnxruntime",
+        compute_capability=None,
+        memory_gb=None,
+        bandwidth_gb_s=None,
+        tensorrt_version=None,
+        opset_ceiling=21,
+        ir_ceiling=10,
+        op_set=None,
+        dtypes=_ONNXRUNTIME_DTYPES,
+        io_only_dtypes=frozenset(),
+        extra_domains=frozenset({"com.microsoft"}),
+        symmetric_quantization=False,
+        kv_form="append",
+        default_recipe=recipe,
+        builds_on_host=True,
+        execution_provider=ep,
+    )
+
+
+# TensorRT-RTX 1.7 (the parser and API of TensorRT 11) builds on any host, without a GPU, for
+# SM75 SM80 SM86 SM89 SM120 SM121. It has no SM87; SM86 is Orin's nearest kin.
+_RTX = Target(
+    name="rtx",
+    title="GeForce RTX and kin (TensorRT-RTX 1.7)",
+    runtime="tensorrt_rtx",
+    compute_capability=(8, 6),
+    memory_gb=None,
+    bandwidth_gb_s=None,
+    tensorrt_version=(1, 7),
+    opset_ceiling=24,
+    ir_ceiling=12,
+    op_set="tensorrt_rtx_1_7",
+    dtypes=_TENSORRT_DTYPES,
+    io_only_dtypes=frozenset({"UINT8"}),
+    extra_domains=frozenset(),
+    symmetric_quantization=True,
+    kv_form="append",
+    default_recipe="fp16",
+    builds_on_host=True,
+)
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        _jetson("orin", "Jetson AGX Orin 64GB", 64, 204.8),
+        _jetson("orin-nx", "Jetson Orin NX 16GB", 16, 102.4),
+        _jetson("orin-nano", "Jetson Orin Nano 8GB (Super)", 8, 102.0),
+        _RTX,
+        _onnxruntime("cpu", "ONNX Runtime on the CPU", "fp32", "CPUExecutionProvider"),
+        _onnxruntime("cuda", "ONNX Runtime on CUDA", "fp16", "CUDAExecutionProvider"),
+    )
+}
+
+
+def get_target(name: str, jetpack: int | None = None) -> Target:
+    """The record of a target, for a Jetson under the JetPack asked for.
+
+    Args:
+        name: one of ``TARGETS``.
+        jetpack: 6 or 7, for Jetson targets alone; None means 6.
+
+    Raises:
+        InputError: no such target or JetPack, or a JetPack for what is no Jetson.
+    """
+    target = TARGETS.get(name)
+    if target is None:
+        close = difflib.get_close_matches(name.lower(), TARGETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"There is no target {name!r}.{hint} Known: {', '.join(TARGETS)}.")
+    if jetpack is None:
+        return target
+    if target.jetpack is None:
+        jetsons = ", ".join(t.name for t in TARGETS.values() if t.jetpack is not None)
+        raise InputError(
+            f"A JetPack was given for target {name!r}, which is no Jetson. Leave it out, or "
+            f"choose one of: {jetsons}."
+        )
+    if jetpack not in _JETPACKS:
+        known = " or ".join(str(version) for version in _JETPACKS)
+        raise InputError(
+            f"JetPack {jetpack} is not known here: choose {known}. JetPack 5 and older have "
+            "TensorRT 8, which knows neither INT4 nor strongly typed networks as used here."
+        )
+    return _with_jetpack(target, target.title.split(", JetPack")[0], jetpack)
