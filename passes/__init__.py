@@ -1,0 +1,1 @@
+"""Graph surgery and graph checks: ONNX in, ONNX out."""
