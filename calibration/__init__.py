@@ -1,0 +1,1 @@
+"""Image and question samples from the user's own folders."""
