@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: PyTorch definition, graphs, compile pipeline, commands."""

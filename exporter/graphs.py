@@ -1,15 +1,16 @@
 """The three portable ONNX graphs, captured on fake tensors and written weight by weight.
 
-A component is built without memory for its weights, captured by ``torch.export`` and translated
-to ONNX; then each initializer is bound to a deferred read of the checkpoint. Writing touches one
-tensor at a time, so a 7B model is written in the memory of its largest tensor.
+A component is built without memory for its weights, captured by ``torch.export`` and
+translated to ONNX; then each initializer is bound to a deferred read of the checkpoint.
+Writing touches one tensor at a time, so a 7B model needs the memory of its largest tensor.
 
 Contracts (B images, S new tokens, T cached tokens, I image rows):
 
 - ``vision_encoder``: ``pixel_values`` [B, 3, H, W] -> ``image_features`` [B, N, C]
 - ``projector``: ``image_features`` [B, N, C] -> ``image_embeds`` [B, tokens, D]
-- ``decoder``: ``input_ids`` int32 [S], ``image_embeds`` [I, D], ``past_key_values.{n}.key|value``
-  [T, H_kv, head_dim] -> ``logits`` float32 [S, V], ``present.{n}.key|value`` [S, H_kv, head_dim]
+- ``decoder``: ``input_ids`` int32 [S], ``image_embeds`` [I, D] and, for each layer n,
+  ``past_key_values.{n}.key|value`` [T, H_kv, head_dim] -> ``logits`` float32 [S, V] and
+  ``present.{n}.key|value`` [S, H_kv, head_dim], the new rows alone
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm_export.engines.errors import CheckpointError, MvlmError
+from mvlm_export.engines.kv_cache import cache_names
 
 from .config import ModelConfig
-from .models.clip_vision import ClipVisionEncoder
-from .models.llama import LlamaDecoder
-from .models.projectors import build_projector
+from .models.components import build_component
+from .models.llama import rotary_tables
 
 OPSET = 20
-COMPONENTS = ("vision_encoder", "projector", "decoder")
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
@@ -79,15 +79,6 @@ def _replace_linears(module: nn.Module, prefix: str = "") -> set[str]:
     return transposed
 
 
-def build_component(name: str, config: ModelConfig) -> nn.Module:
-    """One of ``COMPONENTS`` in PyTorch, weights uninitialised or random."""
-    if name == "vision_encoder":
-        return ClipVisionEncoder(
-            config.vision, config.vision_layers_used, config.select_feature == "cls_patch"
-        )
-    return build_projector(config) if name == "projector" else LlamaDecoder(config.text)
-
-
 @dataclass(frozen=True)
 class _Signature:
     """Example inputs of a component with the names of tensors and of dynamic axes."""
@@ -97,11 +88,6 @@ class _Signature:
     inputs: list[str]
     outputs: list[str]
     dynamic_axes: dict[str, dict[int, str]]
-
-
-def cache_names(prefix: str, layers: int) -> list[str]:
-    """``{prefix}.{n}.key`` and ``.value`` of each layer, in the decoder's order."""
-    return [f"{prefix}.{n}.{part}" for n in range(layers) for part in ("key", "value")]
 
 
 def _image_signature(name: str, config: ModelConfig, dtype: torch.dtype) -> _Signature:
@@ -164,6 +150,8 @@ class CapturedGraph:
 
     Attributes:
         transposed: names of initializers that lie [in, out] here, [out, in] in the checkpoint.
+        buffers: initializers that are computed, not read.
+        tied: initializers that are read under another parameter's name.
     """
 
     name: str
@@ -171,6 +159,7 @@ class CapturedGraph:
     dtype: torch.dtype
     transposed: frozenset[str]
     buffers: Mapping[str, Tensor]
+    tied: Mapping[str, str]
 
 
 def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
@@ -181,7 +170,8 @@ def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
         dtype: ``float32`` or ``float16`` for weights, cache, and image tensors.
 
     Raises:
-        MvlmError: an axis that must be dynamic came out fixed.
+        MvlmError: PyTorch cannot export the component, or an axis that must be dynamic came
+            out fixed.
     """
     torch_dtype = TORCH_DTYPES[dtype]
     with _quiet_capture(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -197,6 +187,35 @@ def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
             if name == "decoder"
             else _image_signature(name, config, torch_dtype)
         )
+        model = _translate(name, module, signature)
+        for value in model.graph.initializers.values():
+            value.const_value = None
+        onnxscript.optimizer.optimize_ir(model)
+    model.graph.name = name
+    model.producer_name = "mvlm-export"
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    _assert_dynamic(name, model, signature.dynamic_axes)
+    buffers: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    if name == "decoder":
+        cos, sin = rotary_tables(config.text)
+        buffers = {"rotary_cos": cos, "rotary_sin": sin}
+        if config.text.tie_word_embeddings:
+            tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    return CapturedGraph(name, model, torch_dtype, frozenset(transposed), buffers, tied)
+
+
+def _translate(name: str, module: nn.Module, signature: _Signature) -> ir.Model:
+    """The module as an ONNX graph, as the exporter makes it.
+
+    Raises:
+        MvlmError: it cannot; the message holds what PyTorch says.
+    """
+    problem: Exception | None = None
+    try:
         program = torch.onnx.export(
             module,
             signature.args,
@@ -209,29 +228,20 @@ def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
             verify=False,
             verbose=False,
         )
-        assert program is not None
-        model = program.model
-        for value in model.graph.initializers.values():
-            value.const_value = None
-        onnxscript.optimizer.optimize_ir(model)
-    model.graph.name = name
-    model.producer_name = "mvlm-export"
-    model.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    _assert_dynamic(name, model, signature.dynamic_axes)
-    buffers = {}
-    if name == "decoder":
-        cos, sin = _rotary_tables(config)
-        buffers = {"rotary_cos": cos, "rotary_sin": sin}
-    return CapturedGraph(name, model, torch_dtype, frozenset(transposed), buffers)
+    except (torch.onnx.OnnxExporterError, ImportError) as error:
+        program, problem = None, error
+    if program is None:
+        raise MvlmError(
+            f"{name}: PyTorch {torch.__version__} cannot export it to ONNX "
+            f"({_first_line(problem)}). Install the torch, onnx and onnxscript versions of "
+            "the lock file."
+        ) from problem
+    return program.model
 
 
-def _rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    from .models.llama import rotary_tables
-
-    return rotary_tables(config.text)
+def _first_line(error: Exception | None) -> str:
+    lines = str(error or "it gave no graph").strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _assert_dynamic(name: str, model: ir.Model, axes: dict[str, dict[int, str]]) -> None:
@@ -280,7 +290,7 @@ def bind_weights(
             if name in captured.buffers:
                 array = captured.buffers[name].numpy()
             else:
-                array = _to_array(source(name), captured, name)
+                array = _to_array(source(captured.tied.get(name, name)), captured, name)
             done += 1
             if progress is not None:
                 progress(done, len(unbound), name)
@@ -289,7 +299,11 @@ def bind_weights(
         return read
 
     for name, value in unbound:
-        assert value.shape is not None and value.dtype is not None
+        if value.shape is None or value.dtype is None:
+            raise MvlmError(
+                f"{captured.name}: the exporter left the shape or dtype of {name} open. "
+                "Install the torch and onnxscript versions of the lock file."
+            )
         value.const_value = ir.LazyTensor(
             make_reader(name, value.dtype), dtype=value.dtype, shape=value.shape, name=name
         )
@@ -299,17 +313,26 @@ def write_graph(captured: CapturedGraph, folder: Path) -> Path:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` and check them.
 
     Raises:
-        MvlmError: ``onnx.checker`` with full shape inference refuses the file.
+        MvlmError: ``onnx.checker`` with full shape inference refuses the file, or it cannot
+            be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL_FILE
-    ir.save(captured.model, path, external_data=DATA_FILE, size_threshold_bytes=256)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ir.save(captured.model, path, external_data=DATA_FILE, size_threshold_bytes=256)
+    except OSError as error:
+        raise MvlmError(
+            f"{captured.name}: {path} cannot be written ({error}). Make "
+            "room on the disk, or choose another --output."
+        ) from error
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise MvlmError(f"{captured.name}: the exported graph is not valid ONNX: {error}") from (
-            error
-        )
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise MvlmError(
+            f"{captured.name}: the exported graph is not valid ONNX: {error} Install the "
+            "torch, onnx and onnxscript versions of the lock file; if it stays, report it "
+            "with the checkpoint's config.json."
+        ) from error
     return path
 
 

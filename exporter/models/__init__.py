@@ -1,0 +1,1 @@
+"""MobileVLM in PyTorch: the reference that every compiled graph is compared with."""

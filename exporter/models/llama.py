@@ -17,7 +17,7 @@ from ..config import TextConfig
 
 
 class RmsNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight``, the division in float32 (Zhang & Sennrich 2019)."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, divided in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -120,9 +120,7 @@ class LlamaLayer(nn.Module):
             mask: float32, broadcast over [..., H, S, T + S], 0 where visible.
             past: keys and values [..., T, H_kv, head_dim].
         """
-        attended, key, value = self.self_attn(
-            self.input_layernorm(x), cos, sin, mask, past
-        )
+        attended, key, value = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), key, value
 
@@ -177,12 +175,12 @@ class LlamaDecoder(nn.Module):
         """Logits of every row, and the new cache rows.
 
         Args:
-            input_ids: int32 or int64 [S]; ``id >= vocab_size`` names a row of ``image_embeds``.
+            input_ids: int32 or int64 [S]; ``vocab_size + i`` is row i of ``image_embeds``.
             image_embeds: [I, D], I >= 1 (a row of zeros where there is no image).
             past: key and value of layer 0, of layer 1, ...; each [T, H_kv, head_dim], T >= 0.
 
         Returns:
-            ``logits`` float32 [S, V], then new key and value of each layer, [S, H_kv, head_dim].
+            ``logits`` float32 [S, V], then each layer's new key and value [S, H_kv, head_dim].
         """
         hidden = self.embed(input_ids, image_embeds)
         new, seen = input_ids.shape[0], past[0].shape[0]

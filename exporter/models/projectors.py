@@ -110,7 +110,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV3's block without expansion: depthwise 3x3, SE, pointwise; skip at stride 1."""
+    """MobileNetV3's block, unexpanded: depthwise 3x3, SE, pointwise; skip at stride 1."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -192,5 +192,3 @@ def build_projector(config: ModelConfig) -> nn.Module:
 def count_parameters(module: nn.Module) -> int:
     """Number of scalar parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-

@@ -1,0 +1,1 @@
+"""The commands ``mvlm-export`` and ``mvlm``; heavy packages load inside a command only."""

@@ -1,0 +1,41 @@
+"""``mvlm build``: TensorRT plans of a bundle, on the device that will run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mvlm_export.engines.bundle import Bundle
+
+from .console import StageProgress, human_bytes, print_json, print_settings, print_table
+
+EXAMPLES = """\b
+Examples:
+  mvlm build bundle            on the Orin: needs numpy and the system's tensorrt only
+"""
+
+
+@click.command("build", epilog=EXAMPLES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the build records as JSON.")
+def build(bundle: Path, as_json: bool) -> None:
+    """Build the bundle's engines with this machine's TensorRT."""
+    from mvlm_export.engines.build import build_engines
+
+    loaded = Bundle.load(bundle)
+    manifest = loaded.manifest
+    settings = {"bundle": str(bundle), "target": manifest.target, "jetpack": manifest.jetpack}
+    print_settings("mvlm build", settings)
+    with StageProgress() as progress:
+        progress.stage(f"Building engines for {manifest.target}")
+        record = build_engines(loaded, progress.advance)
+    if as_json:
+        print_json(record)
+        return
+    rows = [
+        (name, human_bytes(plan["plan_bytes"]), f"{plan['seconds']:.1f} s")
+        for name, plan in record["plans"].items()
+    ]
+    title = f"Engines in {bundle / 'engines' / record['folder']}"
+    print_table(title, ("graph", "size", "built in"), rows)

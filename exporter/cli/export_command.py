@@ -1,0 +1,165 @@
+"""``mvlm-export``: compile a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mvlm_export.engines.errors import ParityError
+from mvlm_export.engines.targets import TARGETS
+
+from ..settings import CompileSettings, ResolvedSettings, resolve_settings
+from .console import (
+    StageProgress,
+    human_bytes,
+    print_json,
+    print_line,
+    print_settings,
+    print_table,
+)
+from .parity_table import print_parity
+
+if TYPE_CHECKING:
+    from ..compile import CompileResult
+
+EXAMPLES = """\b
+Examples:
+  mvlm-export --target cpu                          the nano model that comes along
+  mvlm-export --target orin --model MobileVLM_V2-1.7B --output bundle
+  mvlm-export --target rtx --recipe fp16 --json
+"""
+
+
+@click.command(
+    "export", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help=f"What to compile for: {', '.join(TARGETS)}.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Checkpoint folder as published. Default: the nano model that comes along.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Bundle folder. Default: MODEL-TARGET-RECIPE.bundle in the current folder.",
+)
+@click.option("--recipe", help="fp32 or fp16. Default: the target's own.")
+@click.option("--jetpack", type=int, help="JetPack of a Jetson target: 6 (default) or 7.")
+@click.option("--max-length", type=int, help="Longest sequence, prompt and answer together.")
+@click.option(
+    "--template", default="v1", show_default=True, help="Prompt template: v1 or plain."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the bundle at --output.")
+@click.option(
+    "--allow-unknown", is_flag=True, help="Let tensors pass that the model has no place for."
+)
+@click.option(
+    "--parity/--no-parity", default=True, show_default=True, help="Compare with PyTorch."
+)
+@click.option(
+    "--samples",
+    type=click.Path(path_type=Path),
+    help="Pictures and questions for the comparison: a folder with samples.jsonl.",
+)
+@click.option(
+    "--stand-in/--no-stand-in",
+    default=True,
+    show_default=True,
+    help="Also build with TensorRT-RTX, if installed, where the target's engines cannot be "
+    "built here.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the comparison.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def export(as_json: bool, **options: Any) -> None:
+    """Compile a MobileVLM checkpoint into a bundle of graphs and engines."""
+    resolved = resolve_settings(CompileSettings(**options))
+    from ..compile import Compiler
+
+    print_settings("mvlm-export", resolved.to_json())
+    with StageProgress() as progress:
+        result = Compiler(resolved, progress).run()
+    if as_json:
+        print_json({"bundle": str(result.bundle.path), **result.report})
+    else:
+        _print_result(resolved, result)
+    _check_parity(result)
+
+
+def _check_parity(result: CompileResult) -> None:
+    """Raise ParityError if a bound was missed."""
+    if result.parity is not None and not result.parity.passed:
+        failures = "; ".join(result.parity.failures[:5])
+        raise ParityError(
+            f"the bundle is written, but does not agree with PyTorch: {failures}. "
+            f"All figures: {result.bundle.path / 'report.json'}."
+        )
+
+
+def _print_result(resolved: ResolvedSettings, result: CompileResult) -> None:
+    bundle = result.bundle
+    rows = []
+    for name, graph in bundle.manifest.graphs.items():
+        folder = bundle.graph_path(name).parent
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        rows.append((name, "onnx", graph.dtype, human_bytes(size)))
+    for key, record in bundle.engines().items():
+        rows += [
+            (name, key, bundle.manifest.graphs[name].dtype, human_bytes(plan["plan_bytes"]))
+            for name, plan in record["plans"].items()
+        ]
+    print_table(f"Bundle {bundle.path}", ("graph", "form", "dtype", "size"), rows)
+    _print_checks(resolved, result.report["checks"])
+    if result.parity is not None:
+        print_parity(result.parity)
+    for line in next_steps(resolved, bundle.path):
+        print_line(line)
+
+
+def _print_checks(resolved: ResolvedSettings, checks: dict[str, Any]) -> None:
+    print_line(f"Operators, opset and dtypes fit {resolved.target.title}.")
+    stand_in = checks.get("stand_in")
+    if stand_in is not None:
+        if "skipped" in stand_in:
+            print_line(f"Stand-in build skipped: {stand_in['skipped']}")
+        else:
+            sizes = ", ".join(
+                f"{name} {human_bytes(plan['plan_bytes'])}" for name, plan in stand_in.items()
+            )
+            print_line(f"TensorRT-RTX parsed and built them as a stand-in ({sizes}).")
+    estimate = checks["estimate"]
+    if estimate["tokens_per_second"] is not None:
+        print_line(
+            f"Estimate, not measured: weights {human_bytes(estimate['weights'])} + cache "
+            f"{human_bytes(estimate['cache'])} of {human_bytes(estimate['memory'])}; decode "
+            f"{estimate['tokens_per_second']:.0f} tokens/s = {estimate['efficiency']:.0%} of "
+            f"{estimate['bandwidth_gb_s']} GB/s over "
+            f"{human_bytes(estimate['read_per_token'])} a token."
+        )
+    if estimate["fits"] is False:
+        print_line(
+            "Warning: that leaves too little of the module's memory for activations and the "
+            "system. Choose a smaller model, a smaller --max-length, or a larger module."
+        )
+
+
+def next_steps(resolved: ResolvedSettings, bundle: Path) -> list[str]:
+    """The next commands to type."""
+    path, name = shlex.quote(str(bundle)), shlex.quote(bundle.name)
+    run = f"mvlm run {path} --image PICTURE --prompt 'QUESTION'"
+    if not resolved.target.has_engines:
+        return [f"Next: {run}"]
+    steps = [f"Next, through ONNX Runtime on this machine's CPU: {run}"]
+    if not resolved.builds_here:
+        steps.insert(0, f"On the device, after copying {path} there: mvlm build {name}")
+    return steps

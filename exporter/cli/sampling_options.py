@@ -1,0 +1,69 @@
+"""Options that ``mvlm run`` and ``mvlm chat`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from mvlm_export.engines.generation import Answer
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SAMPLING = (
+    click.option(
+        "--max-tokens", type=int, default=256, show_default=True, help="Longest answer."
+    ),
+    click.option(
+        "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."
+    ),
+    click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all."),
+    click.option("--top-p", type=float, default=1.0, show_default=True, help="1 keeps all."),
+    click.option("--min-p", type=float, default=0.0, show_default=True, help="0 keeps all."),
+    click.option(
+        "--repetition-penalty", type=float, default=1.0, show_default=True, help="1 is none."
+    ),
+    click.option("--seed", type=int, help="Repeats a sampled answer."),
+    click.option("--stop", multiple=True, help="Text that ends the answer. May repeat."),
+)
+
+_LOADING = (
+    click.option("--threads", type=click.IntRange(min=1), help="Default: all cores."),
+    click.option(
+        "--provider", help="ONNX Runtime's: cpu or cuda. Default: as the bundle's target says."
+    ),
+    click.option(
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Check the bundle's hashes first.",
+    ),
+)
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the fields of ``SamplingParams`` as options."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def loading_options(command: Command) -> Command:
+    """Add the keywords of ``VLM.load`` as options."""
+    for option in reversed(_LOADING):
+        command = option(command)
+    return command
+
+
+def timing_line(answer: Answer) -> str:
+    """Seconds of each phase in one line."""
+    t = answer.timings
+    return (
+        f"[{answer.finish_reason}] load {t.load:.2f} s, "
+        f"preprocess {t.preprocess * 1e3:.1f} ms, vision {t.vision * 1e3:.1f} ms, "
+        f"projector {t.projector * 1e3:.1f} ms, prefill {t.prefill * 1e3:.1f} ms "
+        f"({t.prefill_tokens} tokens), first token {t.time_to_first_token * 1e3:.1f} ms, "
+        f"decode {t.decode_tokens_per_second:.1f} tokens/s ({t.decode_tokens} tokens)"
+    )

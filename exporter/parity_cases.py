@@ -1,0 +1,93 @@
+"""Samples made ready for parity, and refused before any work where they cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mvlm_export.calibration.data import Sample
+from mvlm_export.engines.errors import InputError
+from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess
+from mvlm_export.engines.manifest import ModelSpec
+from mvlm_export.engines.prompt import Conversation, get_template, tokenize_prompt
+from mvlm_export.engines.tokenizer import LlamaTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A sample made ready.
+
+    Attributes:
+        index: its place among the samples.
+        prompt: int32 [S], image rows included.
+        limit: most tokens of its answer, on PyTorch's side and in the runtime alike.
+    """
+
+    index: int
+    sample: Sample
+    prompt: npt.NDArray[np.int32]
+    limit: int
+
+    @property
+    def label(self) -> str:
+        """Question and picture, for messages."""
+        return f"{self.sample.prompt!r} on {self.sample.image.name}"
+
+
+def prepare_cases(
+    model: ModelSpec,
+    tokenizer: LlamaTokenizer,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    max_positions: int,
+) -> list[Case]:
+    """Tokenize every question and read every picture once.
+
+    The pixels are not kept: :func:`pixels_of` makes them again, one picture at a time.
+
+    Args:
+        max_tokens: longest answer; shorter where the prompt leaves less room.
+        max_positions: longest sequence that both sides take.
+
+    Raises:
+        InputError: there is no sample, or one of them cannot be used; it is named.
+    """
+    if not samples:
+        raise InputError("There is no sample to compare on. Give at least one.")
+    return [
+        _prepare(model, tokenizer, sample, index, max_tokens, max_positions)
+        for index, sample in enumerate(samples)
+    ]
+
+
+def _prepare(
+    model: ModelSpec,
+    tokenizer: LlamaTokenizer,
+    sample: Sample,
+    index: int,
+    max_tokens: int,
+    max_positions: int,
+) -> Case:
+    place = f"The sample {sample.prompt!r} on {sample.image} cannot be used"
+    try:
+        text = Conversation(get_template(model.template)).ask(sample.prompt, images=1).render()
+        prompt = tokenize_prompt(text, tokenizer, model.vocab_size, [model.image_tokens])
+        pixels_of(sample, model)
+    except InputError as error:
+        raise InputError(f"{place}: {error} Mend or remove its line.") from error
+    room = max_positions - len(prompt)
+    if room < 1:
+        raise InputError(
+            f"{place}: its prompt takes {len(prompt)} positions, but the model has "
+            f"{max_positions}, and at least one must be left for the answer. Shorten the "
+            "question, remove the sample, or compile with a larger --max-length."
+        )
+    return Case(index, sample, prompt.ids, min(max_tokens, room))
+
+
+def pixels_of(sample: Sample, model: ModelSpec) -> npt.NDArray[np.float32]:
+    """Read a sample's picture: float32 [1, 3, S, S]."""
+    return preprocess(sample.image, ImageProcessorConfig.from_json(model.image_processor))

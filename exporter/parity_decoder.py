@@ -1,0 +1,102 @@
+"""The decoder, teacher-forced: logits of every row, and the new cache rows of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mvlm_export.engines.errors import EngineError
+
+from .parity_metrics import Distance, distance, kl_divergence, top1_agreement
+from .parity_session import GraphRunner
+from .reference import ForcedRun, Step
+
+Array = npt.NDArray[Any]
+
+
+def measure(graph: str, found: Array, wanted: Array) -> Distance:
+    """Distance of a graph's output from PyTorch's.
+
+    Raises:
+        EngineError: it has another shape.
+    """
+    _require_shape(graph, found, wanted)
+    return distance(found, wanted)
+
+
+def _require_shape(graph: str, found: Array, wanted: Array) -> None:
+    if found.shape != wanted.shape:
+        raise EngineError(
+            f"The graph {graph!r} gives a tensor of shape {list(found.shape)} where PyTorch "
+            f"gives {list(wanted.shape)}: they are not of one model. Compile the bundle "
+            "again, or name the checkpoint it was made from."
+        )
+
+
+@dataclass
+class TokenFigures:
+    """Worst figures over decoder calls; see :mod:`.parity_metrics` for each.
+
+    Attributes:
+        tie: logits closer than this in PyTorch count as undecided.
+        kl: worst row, in nats.
+        agreements: top-1 agreement of each row, 0 to 1.
+    """
+
+    tie: float
+    logits: Distance = field(default_factory=Distance)
+    cache: Distance = field(default_factory=Distance)
+    kl: float = 0.0
+    agreements: list[float] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float:
+        """Share of rows that agree."""
+        return float(np.mean(self.agreements))
+
+    def add(self, found: Step, wanted: Step) -> None:
+        """Take one call in.
+
+        Raises:
+            EngineError: shapes differ.
+        """
+        _require_shape("decoder", found.logits, wanted.logits)
+        for row, expected in zip(found.logits, wanted.logits, strict=True):
+            self.logits = self.logits.worst(distance(row, expected))
+        for row, expected in zip(found.rows, wanted.rows, strict=True):
+            self.cache = self.cache.worst(measure("decoder", row, expected))
+        kl = kl_divergence(wanted.logits, found.logits).max()
+        self.kl = float(np.maximum(self.kl, kl))
+        agreement = top1_agreement(wanted.logits, found.logits, self.tie)
+        self.agreements += [agreement] * len(wanted.logits)
+
+
+def forced_steps(
+    runner: GraphRunner,
+    prompt: Array,
+    embeds: Array,
+    answer: list[int],
+    run: ForcedRun,
+) -> Iterator[tuple[Step, Step]]:
+    """(found, expected) of the prefill and of each one-token step, one after another.
+
+    The graph's own cache rows are its past, so an error may build up as it would in use.
+
+    Raises:
+        EngineError: the graph failed, or takes or gives other tensors.
+    """
+    past = [row[:0] for row in run.prefill.rows]
+    calls = [prompt, *(np.array([token], np.int32) for token in answer[: len(run.decode)])]
+    for ids, expected in zip(calls, [run.prefill, *run.decode], strict=True):
+        logits, *rows = runner.run(ids, embeds, *past)
+        if len(rows) != len(past):
+            raise EngineError(
+                f"The graph {runner.name!r} gives {len(rows)} cache tensors but takes "
+                f"{len(past)}; compile the bundle again."
+            )
+        past = [np.concatenate([old, new]) for old, new in zip(past, rows, strict=True)]
+        yield Step(logits, rows), expected

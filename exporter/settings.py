@@ -1,0 +1,125 @@
+"""What to compile, for what, and how: settings as given, and with every default filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_export.engines.errors import InputError
+from mvlm_export.engines.jetson import this_device_is
+from mvlm_export.engines.prompt import get_template
+from mvlm_export.engines.targets import Target, get_target
+
+RECIPES = {"fp32": "float32", "fp16": "float16"}
+"""Recipes by name, with the dtype of weights, cache and image tensors."""
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def nano_checkpoint() -> Path:
+    """Folder of the nano model that comes with the package."""
+    return ASSETS / "nano"
+
+
+def default_samples() -> Path:
+    """Folder of the pictures and questions that come with the package."""
+    return ASSETS / "samples"
+
+
+@dataclass(frozen=True)
+class CompileSettings:
+    """Settings of one compile.
+
+    Attributes:
+        output: bundle folder; None for MODEL-TARGET-RECIPE.bundle in the working folder.
+        model: checkpoint folder; None for the nano model that comes with the package.
+        recipe: one of ``RECIPES``; None for the target's default.
+        max_length: longest sequence; None for the checkpoint's own limit.
+        template: prompt template.
+        allow_unknown: let tensors pass that have no place in the model.
+        stand_in: build the graphs with TensorRT-RTX as a check where the target's own engines
+            cannot be built here and TensorRT-RTX is installed.
+        parity: compare with PyTorch when done.
+        samples: pictures and questions to compare on; None for those of the package.
+        threads: threads of the comparison; None for all cores.
+    """
+
+    output: Path | None = None
+    model: Path | None = None
+    target: str = "cpu"
+    jetpack: int | None = None
+    recipe: str | None = None
+    max_length: int | None = None
+    template: str = "v1"
+    overwrite: bool = False
+    allow_unknown: bool = False
+    stand_in: bool = True
+    parity: bool = True
+    samples: Path | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """Settings with every default filled in.
+
+    Attributes:
+        folder: the checkpoint, absolute.
+        dtype: of weights, cache and image tensors.
+        builds_here: whether this machine builds the target's engines.
+    """
+
+    given: CompileSettings
+    folder: Path
+    output: Path
+    target: Target
+    recipe: str
+    dtype: str
+    samples: Path
+    builds_here: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the result, for the report and the screen."""
+        given = self.given
+        return {
+            "model": str(self.folder),
+            "target": self.target.name,
+            "jetpack": self.target.jetpack,
+            "recipe": self.recipe,
+            "max_length": given.max_length,
+            "template": given.template,
+            "output": str(self.output),
+            "overwrite": given.overwrite,
+            "allow_unknown": given.allow_unknown,
+            "stand_in": given.stand_in,
+            "parity": given.parity,
+            "samples": str(self.samples),
+            "threads": given.threads,
+        }
+
+
+def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
+    """Fill in the defaults.
+
+    Raises:
+        InputError: an unknown target, JetPack, recipe or template.
+    """
+    target = get_target(settings.target, settings.jetpack)
+    recipe = settings.recipe or target.default_recipe
+    if recipe not in RECIPES:
+        raise InputError(f"There is no recipe {recipe!r}. Choose one of {', '.join(RECIPES)}.")
+    get_template(settings.template)
+    folder = (settings.model or nano_checkpoint()).resolve()
+    output = settings.output or Path(f"{folder.name}-{target.name}-{recipe}.bundle")
+    builds_here = target.has_engines and (target.builds_on_host or this_device_is(target))
+    return ResolvedSettings(
+        given=settings,
+        folder=folder,
+        output=output,
+        target=target,
+        recipe=recipe,
+        dtype=RECIPES[recipe],
+        samples=settings.samples or default_samples(),
+        builds_here=builds_here,
+    )
