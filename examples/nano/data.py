@@ -9,12 +9,14 @@ import numpy as np
 import sentencepiece
 import torch
 from network import CONFIG
-from tokenizer import SYSTEM
 from torch import Tensor
 from world import COLOR_NAMES, MAX_OBJECTS, SHAPES, Question, Scene, ask, draw_scene
 
+from mvlm_export.engines.prompt import TEMPLATES
+
 IGNORE = -100
-EOS = 2
+BOS, EOS = 1, 2
+TEMPLATE = TEMPLATES["v1"]
 IMAGE_ROWS = CONFIG.image_tokens
 TRAINING_SEED = 1
 HELD_OUT_SEED = 1_000_003
@@ -58,12 +60,13 @@ class Encoder:
 
     def __init__(self, tokenizer_model: str) -> None:
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=tokenizer_model)
-        self.prefix = [1, *self.pieces.encode(f"{SYSTEM} USER: ")]
+        self.prefix = [BOS, *self.pieces.encode(TEMPLATE.constant_prefix())]
 
     def turn(self, question: Question, first: bool) -> tuple[list[int], list[int]]:
         """Prompt ids and answer ids (closed by </s>) of one turn."""
-        opening = "\n" if first else "USER: "
-        prompt = f"{opening}{question.question} ASSISTANT:"
+        opening = "\n" if first else TEMPLATE.user_start
+        asked = question.question + TEMPLATE.user_end + TEMPLATE.assistant_start
+        prompt = opening + asked
         prompt_ids = self.pieces.encode(prompt)
         whole = self.pieces.encode(f"{prompt} {question.answer}")
         assert whole[: len(prompt_ids)] == prompt_ids
@@ -143,6 +146,14 @@ def pack_questions(
     )
 
 
+def _crowd(rng: random.Random, scene: Scene, share: float) -> Scene:
+    """Draw again, with probability ``share``, until there are two objects."""
+    if rng.random() < share:
+        while len(scene.items) < 2:
+            scene = draw_scene(rng)
+    return scene
+
+
 def packed_batch(
     rng: random.Random,
     encoder: Encoder,
@@ -151,9 +162,12 @@ def packed_batch(
     questions: int,
     capacity: int,
     dialogue_share: float,
+    crowded_share: float = 0.0,
 ) -> PackedBatch:
     """Draw ``size`` scenes and ask up to ``questions`` about each."""
     scenes = [draw_scene(rng) for _ in range(size)]
+    if crowded_share:
+        scenes = [_crowd(rng, scene, crowded_share) for scene in scenes]
     dialogue = [rng.random() < dialogue_share for _ in range(size)]
     asked = [[ask(rng, scene.items, kinds) for _ in range(questions)] for scene in scenes]
     return pack_questions(scenes, asked, dialogue, encoder, capacity)

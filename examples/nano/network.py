@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from world import COLOR_NAMES, IMAGE_SIZE, MAX_OBJECTS, SHAPES
 
+from mvlm_export.engines.image_processor import CLIP_MEAN, CLIP_STD
 from mvlm_export.exporter.config import ModelConfig, TextConfig, VisionConfig
 from mvlm_export.exporter.models.clip_vision import ClipVisionEncoder
 from mvlm_export.exporter.models.llama import LlamaDecoder
@@ -30,9 +31,6 @@ CONFIG = ModelConfig(
         max_position_embeddings=1024,
     ),
 )
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize(pixels: Tensor) -> Tensor:

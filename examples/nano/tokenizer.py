@@ -1,22 +1,22 @@
 """Train the nano model's SentencePiece tokenizer: LLaMA's settings, 512 pieces.
 
-    python examples/nano/tokenizer.py OUT_DIR
+python examples/nano/tokenizer.py OUT_DIR
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import sentencepiece
 from world import KINDS, ask, draw_scene
 
+from mvlm_export.engines.prompt import TEMPLATES
+
 VOCAB_SIZE = 512
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+SYSTEM = TEMPLATES["v1"].system.strip()
 ENGLISH = (
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
     "Please tell me what you can see in this picture, and how many things are in it.",
@@ -28,7 +28,7 @@ ENGLISH = (
 )
 
 
-def write_corpus(path: Path, scenes: int = 3000) -> None:
+def corpus(scenes: int = 3000) -> list[str]:
     """Conversations about drawn scenes, the system sentence, and a little plain English."""
     rng = random.Random(7)
     lines = [SYSTEM] * 3000 + [line for line in ENGLISH for _ in range(5)]
@@ -37,17 +37,16 @@ def write_corpus(path: Path, scenes: int = 3000) -> None:
         for _ in range(3):
             question = ask(rng, items, KINDS)
             lines.append(f"USER: {question.question} ASSISTANT: {question.answer}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
 
 
 def train_tokenizer(folder: Path) -> Path:
     """Write ``tokenizer.model`` into ``folder`` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = folder / "corpus.txt"
-    write_corpus(corpus)
+    model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "tokenizer"),
+        sentence_iterator=iter(corpus()),
+        model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
         byte_fallback=True,
@@ -63,9 +62,9 @@ def train_tokenizer(folder: Path) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    corpus.unlink()
-    (folder / "tokenizer.vocab").unlink()
-    return folder / "tokenizer.model"
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
 
 
 if __name__ == "__main__":

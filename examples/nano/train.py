@@ -5,7 +5,8 @@
 
 Stages: ``vit`` warms the vision tower up on dense labels (its heads are dropped later);
 ``describe`` and ``answer`` are the paper's two stages, projector and decoder trained, tower
-frozen: first descriptions alone, then all kinds of questions.
+frozen: first descriptions alone, then all kinds of questions. ``sharpen`` goes on with the
+second, asks the hard kinds more often, and about more crowded pictures.
 """
 
 from __future__ import annotations
@@ -59,8 +60,36 @@ class Stage:
 
 STAGES = {
     "vit": Stage(steps=4500, batch=32, rate=1.5e-3),
-    "describe": Stage(steps=2000, batch=32, rate=1.5e-3),
-    "answer": Stage(steps=4500, batch=32, rate=1.2e-3),
+    "describe": Stage(steps=1000, batch=32, rate=1.5e-3),
+    "answer": Stage(steps=2000, batch=32, rate=1.2e-3),
+    "sharpen": Stage(steps=2000, batch=32, rate=1.2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a language stage asks.
+
+    Attributes:
+        kinds: of questions; repeats weigh more.
+        questions: asked about each picture.
+        capacity: tokens they may take.
+        dialogue_share: of pictures with one conversation instead of separate questions.
+        crowded_share: of pictures with at least two objects for sure.
+    """
+
+    kinds: tuple[str, ...]
+    questions: int
+    capacity: int
+    dialogue_share: float = 0.25
+    crowded_share: float = 0.0
+
+
+HARD_KINDS = ("color", "exist", "where")
+CURRICULA = {
+    "describe": Curriculum(("describe",), 1, 48, dialogue_share=0.0),
+    "answer": Curriculum(KINDS, 6, 96),
+    "sharpen": Curriculum(KINDS + 3 * HARD_KINDS, 6, 96, crowded_share=0.7),
 }
 
 
@@ -123,7 +152,9 @@ class Run:
             if done % LOG_EVERY == 0:
                 speed = len(losses) * stage.batch / (time.monotonic() - started)
                 recent = sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
-                self.log(stage=name, step=done, loss=round(recent, 4), images_s=round(speed, 1))
+                self.log(
+                    stage=name, step=done, loss=round(recent, 4), images_s=round(speed, 1)
+                )
             if done % evaluate_every == 0 or done == stage.steps:
                 self.log(stage=name, step=done, **evaluate())
             if done % SAVE_EVERY == 0 or done == stage.steps:
@@ -183,9 +214,7 @@ def answer_logits(vlm: NanoVlm, tower: NanoTower, batch: PackedBatch) -> tuple[T
     """Hidden states that predict a labelled token, and those labels."""
     with torch.no_grad():
         features = tower.features(normalize(batch.pixels))[:, 1:]
-    hidden = vlm(
-        batch.prefix_ids, features, batch.input_ids, batch.positions, batch.visible
-    )
+    hidden = vlm(batch.prefix_ids, features, batch.input_ids, batch.positions, batch.visible)
     predicting = hidden[:, IMAGE_ROWS - 1 : -1]
     chosen = batch.labels != IGNORE
     return vlm.decoder.lm_head(predicting[chosen]), batch.labels[chosen]
@@ -213,14 +242,20 @@ def exact_answers(
 def train_language(
     run: Run, name: str, stage: Stage, vlm: NanoVlm, tower: NanoTower, encoder: Encoder
 ) -> None:
-    describing = name == "describe"
-    kinds = ("describe",) if describing else KINDS
-    questions, capacity = (1, 48) if describing else (6, 96)
+    plan = CURRICULA[name]
 
     def loss_of_step(step: int) -> Tensor:
         rng = batch_rng(TRAINING_SEED, name, step)
-        share = 0.0 if describing else 0.25
-        batch = packed_batch(rng, encoder, stage.batch, kinds, questions, capacity, share)
+        batch = packed_batch(
+            rng,
+            encoder,
+            stage.batch,
+            plan.kinds,
+            plan.questions,
+            plan.capacity,
+            plan.dialogue_share,
+            plan.crowded_share,
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = answer_logits(vlm, tower, batch)
         return F.cross_entropy(logits.float(), labels)
@@ -228,7 +263,7 @@ def train_language(
     def evaluate() -> dict[str, float]:
         return exact_answers(vlm, tower, encoder)
 
-    run.train(name, stage, vlm, loss_of_step, evaluate, evaluate_every=1000)
+    run.train(name, stage, vlm, loss_of_step, evaluate, evaluate_every=500)
 
 
 def main() -> None:
@@ -249,7 +284,7 @@ def main() -> None:
     encoder = Encoder(str(run.folder / "tokenizer.model"))
     tower = train_vit(run, stages["vit"]).requires_grad_(False)
     vlm = NanoVlm()
-    for name in ("describe", "answer"):
+    for name in CURRICULA:
         train_language(run, name, stages[name], vlm, tower, encoder)
 
 

@@ -126,7 +126,9 @@ def draw_scene(rng: random.Random, noise: float = NOISE) -> Scene:
         _DRAW[shape](draw, x, y, radius, fill)
         center = (x / SUPERSAMPLING, y / SUPERSAMPLING)
         items.append(Item(shape, color, cell, center, radius / SUPERSAMPLING))
-    small = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), np.float32)
+    small = np.asarray(
+        image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), np.float32
+    )
     grain = np.random.default_rng(rng.getrandbits(32)).normal(0, noise, small.shape)
     pixels = np.clip(small + grain, 0, 255).astype(np.uint8)
     return Scene(pixels, tuple(items))
@@ -195,8 +197,25 @@ _ASK: dict[str, Callable[[random.Random, tuple[Item, ...], Item], Question | Non
 }
 
 
+_MUST_BE_UNIQUE: dict[str, Callable[[Item], str]] = {
+    "color": lambda item: item.shape,
+    "shape": lambda item: item.color,
+    "where": lambda item: item.name,
+}
+"""What names the object asked for, in the kinds that ask for one; no other may share it."""
+
+
+def allows(items: tuple[Item, ...], kind: str) -> bool:
+    """Whether a question of this kind has one right answer for some object of the scene."""
+    name_of = _MUST_BE_UNIQUE.get(kind)
+    if name_of is None:
+        return True
+    names = [name_of(item) for item in items]
+    return any(names.count(name) == 1 for name in names)
+
+
 def ask(rng: random.Random, items: tuple[Item, ...], kinds: tuple[str, ...]) -> Question:
-    """One question of a random kind among ``kinds`` that the scene allows."""
+    """One question of a random kind among ``kinds``, of which the scene must allow one."""
     while True:
         question = _ASK[rng.choice(kinds)](rng, items, rng.choice(items))
         if question is not None:
