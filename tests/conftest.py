@@ -1,4 +1,4 @@
-"""Shared by every test: one thread, and the slow, GPU and network tests only when asked for."""
+"""Shared by every test: slow, GPU and network tests run only when asked for."""
 
 from __future__ import annotations
 

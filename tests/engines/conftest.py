@@ -1,0 +1,176 @@
+"""A tiny model with random weights, compiled to a real bundle once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from mvlm_export.engines.bundle import TOKENIZER, Bundle, BundleWriter
+from mvlm_export.engines.image_processor import ImageProcessorConfig
+from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec, TensorSpec
+from mvlm_export.engines.vlm import VLM
+from mvlm_export.exporter.config import ModelConfig, TextConfig, VisionConfig
+from mvlm_export.exporter.graphs import export_graph
+from mvlm_export.exporter.models.components import COMPONENTS, build_component
+
+from .tokenizer_files import write_tokenizer
+
+CONFIG = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    ),
+    text=TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A bundle and the PyTorch modules it was made from, in float32."""
+
+    config: ModelConfig
+    modules: dict[str, nn.Module]
+    path: Path
+
+    @torch.no_grad()
+    def embed(self, pixels: np.ndarray) -> torch.Tensor:
+        features = self.modules["vision_encoder"](torch.from_numpy(pixels))
+        return self.modules["projector"](features).flatten(0, 1)
+
+    @torch.no_grad()
+    def full_run(
+        self, ids: np.ndarray, embeds: torch.Tensor | None = None
+    ) -> list[np.ndarray]:
+        """Logits [S, V] and cache rows of a run over the whole sequence, without a cache."""
+        text = self.config.text
+        none = torch.zeros(0, text.num_key_value_heads, text.head_dim)
+        rows = torch.zeros(1, text.hidden_size) if embeds is None else embeds
+        past = [none] * (2 * text.num_hidden_layers)
+        outputs = self.modules["decoder"](torch.from_numpy(ids), rows, past)
+        return [output.numpy() for output in outputs]
+
+    def greedy(
+        self, ids: np.ndarray, count: int, embeds: torch.Tensor | None = None
+    ) -> list[int]:
+        """Greedy ids, the whole sequence run anew for each, up to ``</s>``."""
+        answer: list[int] = []
+        while len(answer) < count and (not answer or answer[-1] != 2):
+            sequence = np.concatenate([ids, np.array(answer, np.int32)]).astype(np.int32)
+            answer.append(int(self.full_run(sequence, embeds)[0][-1].argmax()))
+        return answer
+
+
+def random_modules(config: ModelConfig) -> dict[str, nn.Module]:
+    """Weights large enough that what is generated depends on the prompt and the picture."""
+    torch.manual_seed(7)
+    modules = {}
+    for name in COMPONENTS:
+        module = build_component(name, config).eval().requires_grad_(False)
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+        modules[name] = module
+    decoder = modules["decoder"]
+    decoder.get_submodule("model.embed_tokens").weight.normal_()
+    return modules
+
+
+def graph_spec(name: str, path: Path, dtype: str) -> GraphSpec:
+    def tensors(values: object) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                value.name,
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                tuple(
+                    dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim
+                ),
+            )
+            for value in values
+        )
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return GraphSpec(f"{name}/model.onnx", dtype, tensors(graph.input), tensors(graph.output))
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    text = config.text
+    return ModelSpec(
+        name="tiny",
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        max_positions=text.max_position_embeddings,
+        image_tokens=config.image_tokens,
+        stop_ids=(2,),
+        template="v1",
+        image_processor=ImageProcessorConfig(config.vision.image_size).to_json(),
+    )
+
+
+def build(config: ModelConfig, path: Path, dtype: str) -> TinyModel:
+    modules = random_modules(config)
+    with BundleWriter(path) as writer:
+        graphs = {}
+        for name in COMPONENTS:
+            weights = dict(modules[name].named_parameters())
+            file = export_graph(name, config, dtype, weights.__getitem__, writer.folder / name)
+            graphs[name] = graph_spec(name, file, dtype)
+        write_tokenizer(writer.folder / TOKENIZER)
+        writer.seal(Manifest(model_spec(config), "cpu", dtype, graphs))
+        writer.commit()
+    return TinyModel(config, modules, path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Float32, 4 heads over 2 KV heads, 4 rows an image, 512 positions."""
+    return build(CONFIG, tmp_path_factory.mktemp("tiny") / "bundle", "float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_half(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Float16, as many KV heads as heads."""
+    config = replace(CONFIG, text=replace(CONFIG.text, num_key_value_heads=4))
+    return build(config, tmp_path_factory.mktemp("half") / "bundle", "float16")
+
+
+@pytest.fixture(scope="session")
+def vlm(tiny: TinyModel) -> VLM:
+    return VLM.load(tiny.path, threads=1)
+
+
+@pytest.fixture
+def altered(tiny: TinyModel) -> Callable[..., Bundle]:
+    """The tiny bundle with fields of its manifest or of its model changed in memory."""
+
+    def alter(model: dict[str, object] | None = None, **changes: object) -> Bundle:
+        bundle = Bundle.load(tiny.path, verify=False)
+        spec = replace(bundle.manifest.model, **(model or {}))
+        return Bundle(bundle.path, replace(bundle.manifest, model=spec, **changes))
+
+    return alter
