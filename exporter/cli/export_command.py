@@ -90,7 +90,7 @@ def export(as_json: bool, **options: Any) -> None:
     with StageProgress() as progress:
         result = Compiler(resolved, progress).run()
     if as_json:
-        print_json({"bundle": str(result.bundle.path), **result.report})
+        print_json({"bundle": str(resolved.output), **result.report})
     else:
         _print_result(resolved, result)
     _check_parity(result)
@@ -118,11 +118,11 @@ def _print_result(resolved: ResolvedSettings, result: CompileResult) -> None:
             (name, key, bundle.manifest.graphs[name].dtype, human_bytes(plan["plan_bytes"]))
             for name, plan in record["plans"].items()
         ]
-    print_table(f"Bundle {bundle.path}", ("graph", "form", "dtype", "size"), rows)
+    print_table(f"Bundle {resolved.output}", ("graph", "form", "dtype", "size"), rows)
     _print_checks(resolved, result.report["checks"])
     if result.parity is not None:
         print_parity(result.parity)
-    for line in next_steps(resolved, bundle.path):
+    for line in next_steps(resolved):
         print_line(line)
 
 
@@ -153,9 +153,9 @@ def _print_checks(resolved: ResolvedSettings, checks: dict[str, Any]) -> None:
         )
 
 
-def next_steps(resolved: ResolvedSettings, bundle: Path) -> list[str]:
+def next_steps(resolved: ResolvedSettings) -> list[str]:
     """The next commands to type."""
-    path, name = shlex.quote(str(bundle)), shlex.quote(bundle.name)
+    path, name = shlex.quote(str(resolved.output)), shlex.quote(resolved.output.name)
     run = f"mvlm run {path} --image PICTURE --prompt 'QUESTION'"
     if not resolved.target.has_engines:
         return [f"Next: {run}"]

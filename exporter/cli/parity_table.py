@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from ..parity import EndToEndParity, GraphParity, ParityReport
 
 
+WORTH_A_TABLE = 10
+"""Questions of each kind from which shares by kind say something."""
+
+
 def _graph_row(graph: GraphParity) -> tuple[object, ...]:
     return (
         graph.graph,
@@ -43,7 +47,8 @@ def _print_end_to_end(answers: EndToEndParity) -> None:
             f"Exact answers: {answers.accuracy:.1%} here, "
             f"{answers.reference_accuracy:.1%} in PyTorch."
         )
-    if len(answers.by_kind) > 1:
+    fewest = min((kind["samples"] for kind in answers.by_kind.values()), default=0)
+    if fewest >= WORTH_A_TABLE:
         rows = [
             (kind, v["samples"], f"{v['accuracy']:.1%}", f"{v['reference_accuracy']:.1%}")
             for kind, v in answers.by_kind.items()
