@@ -102,7 +102,7 @@ class StageProgress:
             self._progress.stop_task(self._task)
 
     def stage(self, title: str) -> None:
-        self._tenth = 0
+        self._tenth, self._printed = 0, time.monotonic()
         if not self._console.is_terminal:
             sys.stderr.write(f"- {title}\n")
             return
