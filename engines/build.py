@@ -55,6 +55,7 @@ def _build_all(
     folder: Path,
     progress: Progress | None,
     compute_capability: tuple[int, int] | None = None,
+    workspace_bytes: int | None = None,
 ) -> dict[str, BuildResult]:
     results = {}
     profiles = graph_profiles(model, dtype)
@@ -73,6 +74,7 @@ def _build_all(
             target=target,
             timing_cache=folder / TIMING_CACHE,
             compute_capability=compute_capability,
+            workspace_bytes=workspace_bytes,
             progress=report,
         )
         if progress is not None:
@@ -80,11 +82,16 @@ def _build_all(
     return results
 
 
-def build_engines(bundle: Bundle, progress: Progress | None = None) -> dict[str, Any]:
+def build_engines(
+    bundle: Bundle, progress: Progress | None = None, workspace_bytes: int | None = None
+) -> dict[str, Any]:
     """Build the plans of a bundle on this machine and put them into it.
 
     Plans of the same TensorRT and GPU are replaced, and their timing cache is used again;
     others stay.
+
+    Args:
+        workspace_bytes: limit of TensorRT's scratch memory; None for TensorRT's own.
 
     Returns:
         The build record: ``folder``, ``target``, ``tensorrt_version`` and ``plans`` by graph.
@@ -113,7 +120,15 @@ def build_engines(bundle: Bundle, progress: Progress | None = None) -> dict[str,
             shutil.copyfile(place / TIMING_CACHE, partial / TIMING_CACHE)
         graphs = {name: bundle.graph_path(name) for name in manifest.graphs}
         dtype = manifest.graphs["decoder"].dtype
-        results = _build_all(graphs, manifest.model, dtype, target, partial, progress)
+        results = _build_all(
+            graphs,
+            manifest.model,
+            dtype,
+            target,
+            partial,
+            progress,
+            workspace_bytes=workspace_bytes,
+        )
         record = {
             "folder": key,
             "target": target.name,

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +77,14 @@ def _files_of(folder: Path) -> Iterator[str]:
             yield name
 
 
+def _is_plan(record: object) -> bool:
+    """Whether a build record's entry names a file of its own folder and a hash."""
+    if not isinstance(record, dict):
+        return False
+    name, digest = record.get("plan_path"), record.get("sha256")
+    return isinstance(name, str) and Path(name).name == name and isinstance(digest, str)
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
@@ -119,7 +127,9 @@ class Bundle:
     def _check_listing(self) -> None:
         """The manifest must vouch for each graph and the tokenizer, inside this folder."""
         graphs = [graph.file for graph in self.manifest.graphs.values()]
-        unlisted = [name for name in graphs if name not in self.manifest.files]
+        data = [f"{name}.data" for name in graphs if (self.path / f"{name}.data").exists()]
+        needed = [*graphs, *data, f"{TOKENIZER}/tokenizer.model"]
+        unlisted = [name for name in needed if name not in self.manifest.files]
         if unlisted:
             raise BundleError(
                 f"{self.path / MANIFEST} has no hash for {_listed(unlisted)}. "
@@ -135,28 +145,38 @@ class Bundle:
             )
 
     def verify(self) -> None:
-        """Compare every file, and every plan, with its hash.
+        """Compare every file of the manifest with its hash; plans have ``verify_engines``.
 
         Raises:
             BundleError: names the files that are missing or changed.
         """
-        expected = dict(self.manifest.files)
-        for key, record in self.engines().items():
-            for plan in record["plans"].values():
-                expected[f"{ENGINES}/{key}/{plan['plan_path']}"] = plan["sha256"]
+        cure = "Copy the bundle again, or compile it again."
+        self._compare(self.manifest.files, cure)
+
+    def verify_engines(self) -> None:
+        """Compare every plan with its hash.
+
+        Raises:
+            BundleError: names the plans that are missing or changed.
+        """
+        expected = {
+            f"{ENGINES}/{key}/{plan['plan_path']}": plan["sha256"]
+            for key, record in self.engines().items()
+            for plan in record["plans"].values()
+        }
+        self._compare(expected, f"Build them again with `mvlm build {self.path}`.")
+
+    def _compare(self, expected: Mapping[str, str], cure: str) -> None:
         missing = [name for name in expected if not (self.path / name).is_file()]
         if missing:
-            raise BundleError(
-                f"{self.path} is not whole: {_listed(missing)} missing. "
-                "Copy the bundle again, or compile it again."
-            )
+            raise BundleError(f"{self.path} is not whole: {_listed(missing)} missing. {cure}")
         changed = [
             name for name, digest in expected.items() if sha256_of(self.path / name) != digest
         ]
         if changed:
             raise BundleError(
                 f"{self.path} is damaged: {_listed(changed)} differs from its recorded "
-                "hash. Copy the bundle again, or compile it again."
+                f"hash. {cure}"
             )
 
     def graph_path(self, name: str) -> Path:
@@ -180,10 +200,7 @@ class Bundle:
                 continue  # a build that is under way, or was killed
             record = read_json(file)
             plans = record.get("plans")
-            if not isinstance(plans, dict) or not all(
-                isinstance(plan, dict) and {"plan_path", "sha256"} <= plan.keys()
-                for plan in plans.values()
-            ):
+            if not isinstance(plans, dict) or not all(map(_is_plan, plans.values())):
                 raise BundleError(
                     f"{file} is not a build record. Remove {file.parent} and build again "
                     "with `mvlm build`."

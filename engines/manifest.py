@@ -77,9 +77,9 @@ class Manifest:
 
     Attributes:
         kv_form: ``append``: the decoder returns the new cache rows alone, sequence-major.
-        files: sha256 of every other file of the bundle, by path inside it.
+        files: sha256 of every file the bundle was made with, by path inside it.
         tools: versions of the packages that made the bundle.
-        source: where the weights came from: checkpoint path and sha256 of its config.
+        source: where the weights came from: checkpoint ``path`` and ``fingerprint``.
     """
 
     model: ModelSpec

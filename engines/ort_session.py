@@ -8,8 +8,7 @@ ids, image rows and logits cross the bus.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .errors import BundleError, EngineError, InputError, MissingPackageError
+from .errors import BundleError, EngineError, InputError
 from .kv_cache import CacheShape, HostKvCache, KvCache, cache_names
 from .manifest import ModelSpec
+from .ort_api import LOG_FATAL_ONLY, import_onnxruntime, ort_errors
 from .session import BackendOptions, Float32Array, FloatArray, IdArray
 
-_ONLY_FATAL = 4
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -47,35 +46,6 @@ PROVIDERS = {
 """Providers by the name that users give."""
 
 
-def _import_onnxruntime(extra: str) -> Any:  # noqa: ANN401
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError(
-            f"The onnxruntime backend needs ONNX Runtime ({error}); install it with "
-            f"`pip install mvlm-export[{extra}]`."
-        ) from error
-    return onnxruntime
-
-
-@contextmanager
-def _errors_of(ort: Any, graph: str, doing: str) -> Iterator[None]:  # noqa: ANN401
-    """Turn what ONNX Runtime raises (its own classes know no common base) into EngineError."""
-    try:
-        yield
-    except _exceptions_of(ort) as error:
-        raise EngineError(
-            f"ONNX Runtime cannot {doing} the graph {graph!r}: {error} Copy the bundle "
-            "again or compile it again; an ONNX Runtime older than 1.20 must be updated."
-        ) from error
-
-
-def _exceptions_of(ort: Any) -> tuple[type[Exception], ...]:  # noqa: ANN401
-    found = vars(ort.capi.onnxruntime_pybind11_state).values()
-    own = (kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, ValueError, *own)
-
-
 class OrtBackend:
     """Opens a bundle's graphs in ONNX Runtime.
 
@@ -98,7 +68,7 @@ class OrtBackend:
                 f"The bundle's decoder has the KV form {bundle.manifest.kv_form!r}, but the "
                 "onnxruntime backend runs 'append'; compile it with `--target cpu`."
             )
-        self._ort = _import_onnxruntime(provider.extra)
+        self._ort = import_onnxruntime(provider.extra)
         self._bundle = bundle
         self._provider = provider
         self._threads = options.threads
@@ -128,12 +98,12 @@ class OrtBackend:
 
     def _open(self, name: str, memory_patterns: bool) -> Any:  # noqa: ANN401
         options = self._ort.SessionOptions()
-        options.log_severity_level = _ONLY_FATAL  # what goes wrong is raised, with its text
+        options.log_severity_level = LOG_FATAL_ONLY  # what goes wrong is raised, with its text
         options.enable_mem_pattern = memory_patterns
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         path: Path = self._bundle.graph_path(name)
-        with _errors_of(self._ort, name, "load"):
+        with ort_errors(self._ort, name, "load"):
             session = self._ort.InferenceSession(
                 str(path), options, providers=[self._provider.name]
             )
@@ -161,7 +131,7 @@ class OrtGraph:
     def run(self, array: FloatArray) -> FloatArray:
         """As :meth:`GraphSession.run`."""
         feed = {self._input.name: np.ascontiguousarray(array, self._dtype)}
-        with _errors_of(self._ort, self.name, "run"):
+        with ort_errors(self._ort, self.name, "run"):
             result: FloatArray = self._session.run([self._output.name], feed)[0]
         return result
 
@@ -209,7 +179,7 @@ class OrtDecoder:
         """An empty cache of ``max_positions`` rows, in the provider's memory."""
         if self._device == "cpu":
             return HostKvCache(self._shape)
-        with _errors_of(self._ort, self.name, "allocate the cache of"):
+        with ort_errors(self._ort, self.name, "allocate the cache of"):
             return device_cache(self._ort, self._shape, self._device)
 
     def append(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> Float32Array:
@@ -217,7 +187,7 @@ class OrtDecoder:
         cache.require_room(len(ids))
         ids = np.ascontiguousarray(ids, np.int32)
         image_embeds = np.ascontiguousarray(image_embeds, self._embeds_dtype)
-        with self._lock, _errors_of(self._ort, self.name, "run"):
+        with self._lock, ort_errors(self._ort, self.name, "run"):
             logits = self._logits_buffer(len(ids))
             self._bind(cache, ids, image_embeds, logits)
             self._session.run_with_iobinding(self._binding)

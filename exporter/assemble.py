@@ -17,6 +17,7 @@ from mvlm_export.engines.image_processor import ImageProcessorConfig
 from mvlm_export.engines.manifest import GraphSpec, ModelSpec, TensorSpec
 from mvlm_export.engines.tokenizer import TOKENIZER_FILES
 
+from .checkpoint import Checkpoint
 from .config_fields import read_json
 from .geometry import ModelConfig
 from .graphs import MODEL_FILE
@@ -24,6 +25,7 @@ from .graphs import MODEL_FILE
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 COPIED = (CONFIG, "generation_config.json", PREPROCESSOR)
+SAMPLED = 256
 TOOLS = (
     "mvlm-export",
     "torch",
@@ -101,10 +103,21 @@ def _tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ..
     return tuple(specs)
 
 
-def checkpoint_source(folder: Path) -> dict[str, str]:
-    """Where the weights came from, and the hash of their configuration."""
-    digest = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
-    return {"path": str(folder), "config_sha256": digest}
+def checkpoint_source(checkpoint: Checkpoint) -> dict[str, str]:
+    """Where the weights came from, and a fingerprint to know them again by.
+
+    The fingerprint is the sha256 of config.json and of each tensor's name, shape, and first
+    ``SAMPLED`` values in float32: enough to tell fine-tuned weights from others, and read in a
+    moment.
+    """
+    digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes())
+    for name in sorted(checkpoint.names):
+        info = checkpoint.info(name)
+        digest.update(f"{name} {info.shape}".encode())
+        if info.dtype.is_floating_point:
+            values = checkpoint.load(name).reshape(-1)[:SAMPLED].float()
+            digest.update(values.numpy().tobytes())
+    return {"path": str(checkpoint.folder.resolve()), "fingerprint": digest.hexdigest()}
 
 
 def tool_versions() -> dict[str, str]:

@@ -118,7 +118,8 @@ class Compiler:
             }
             checks = self._check_graphs(writer.folder, graphs, model)
             self._enter("Hashing the bundle")
-            bundle = writer.seal(self._manifest(model, graphs, checks))
+            source = checkpoint_source(inputs.checkpoint)
+            bundle = writer.seal(self._manifest(model, graphs, checks, source))
             report: dict[str, Any] = {
                 "settings": self.resolved.to_json(),
                 "preflight": _preflight_json(inputs.checked),
@@ -170,9 +171,14 @@ class Compiler:
 
     def _limited(self, config: ModelConfig) -> ModelConfig:
         limit, most = self.given.max_length, config.text.max_position_embeddings
+        least = config.image_tokens + QUESTION_ROOM
+        if most < least:
+            raise CheckpointError(
+                f"The model has {most} positions (max_position_embeddings), but an image and "
+                f"a short question take {least}. Correct config.json."
+            )
         if limit is None:
             return config
-        least = config.image_tokens + QUESTION_ROOM
         if not least <= limit <= most:
             raise InputError(
                 f"--max-length {limit} does not fit: this model takes {least} (an image and a "
@@ -192,8 +198,8 @@ class Compiler:
 
     def _check_disk(self, output: Path, config: ModelConfig) -> None:
         needed = _weight_count(config) * np.dtype(self.resolved.dtype).itemsize
-        if self.resolved.builds_here:
-            needed *= 2  # the plans hold the weights once more
+        if self.resolved.target.has_engines:
+            needed *= 2  # the plans, the target's or the stand-in's, hold the weights again
         free = shutil.disk_usage(output).free
         if needed * 1.05 > free:
             raise InputError(
@@ -232,7 +238,6 @@ class Compiler:
         estimate = estimate_target(paths, self.resolved.dtype, model, target)
         checks: dict[str, Any] = {"conformance": "passed", "estimate": estimate.to_json()}
         if target.has_engines and not self.resolved.builds_here and self.given.stand_in:
-            self._enter("Building with TensorRT-RTX as a stand-in")
             checks["stand_in"] = self._stand_in(folder, paths, model, estimate)
         return checks
 
@@ -246,6 +251,7 @@ class Compiler:
                 "skipped": f"it needs about {needed / 1e9:.0f} GB of memory, of which "
                 f"{available / 1e9:.0f} GB are free"
             }
+        self._enter("Building with TensorRT-RTX as a stand-in")
         try:
             return build_stand_in(
                 paths, model, self.resolved.dtype, folder, self.listener.advance
@@ -254,7 +260,11 @@ class Compiler:
             return {"skipped": str(error)}
 
     def _manifest(
-        self, model: ModelSpec, graphs: dict[str, GraphSpec], checks: dict[str, Any]
+        self,
+        model: ModelSpec,
+        graphs: dict[str, GraphSpec],
+        checks: dict[str, Any],
+        source: dict[str, str],
     ) -> Manifest:
         target = self.resolved.target
         return Manifest(
@@ -266,7 +276,7 @@ class Compiler:
             kv_form=target.kv_form,
             tools=tool_versions(),
             checks=checks,
-            source=checkpoint_source(self.resolved.folder),
+            source=source,
         )
 
     def _build_and_compare(
@@ -308,7 +318,12 @@ def _weight_count(config: ModelConfig) -> int:
 
 def _preflight_json(checked: PreflightReport) -> dict[str, Any]:
     used = {name: len(names) for name, names in checked.weight_map.items()}
-    return {"used": used, "ignored": dict(checked.ignored), "notes": list(checked.notes)}
+    return {
+        "used": used,
+        "ignored": dict(checked.ignored),
+        "unknown": list(checked.unknown),
+        "notes": list(checked.notes),
+    }
 
 
 def compile_checkpoint(settings: CompileSettings, listener: Listener) -> CompileResult:

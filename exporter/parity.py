@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mvlm_export.calibration.data import Sample
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError
+from mvlm_export.engines.ort_api import import_onnxruntime
 from mvlm_export.engines.sampling import SamplingParams
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 from mvlm_export.engines.vlm import VLM
@@ -26,7 +27,7 @@ from .parity_answers import judge_answer, record_verdict, score_answers
 from .parity_cases import Case, pixels_of, prepare_cases
 from .parity_decoder import TokenFigures, forced_steps, measure
 from .parity_report import EndToEndParity, GraphParity, ParityReport, Verdict
-from .parity_session import GraphRunner, import_onnxruntime
+from .parity_session import GraphRunner
 from .parity_spool import Spool, open_spool
 from .reference import ReferenceModel, torch_threads
 from .tolerances import TOLERANCES

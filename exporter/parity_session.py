@@ -6,8 +6,6 @@ looks at all rows of both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -15,34 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mvlm_export.engines.bundle import Bundle
-from mvlm_export.engines.errors import EngineError, MissingPackageError
+from mvlm_export.engines.errors import EngineError
+from mvlm_export.engines.ort_api import LOG_FATAL_ONLY, import_onnxruntime, ort_errors
 
 Array = npt.NDArray[Any]
-
-_ONLY_FATAL = 4
-
-
-def import_onnxruntime() -> Any:  # noqa: ANN401
-    """ONNX Runtime, imported when first needed.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError(
-            f"Comparing a bundle with PyTorch needs ONNX Runtime ({error}); install it with "
-            "`pip install mvlm-export[cpu]`."
-        ) from error
-    return onnxruntime
-
-
-def _exceptions_of(ort: Any) -> tuple[type[Exception], ...]:  # noqa: ANN401
-    """What ONNX Runtime raises: its own classes know no common base."""
-    found = vars(ort.capi.onnxruntime_pybind11_state).values()
-    own = (kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, ValueError, *own)
 
 
 class GraphRunner:
@@ -58,12 +32,12 @@ class GraphRunner:
         self._ort = import_onnxruntime()
         self._dtype = np.dtype(bundle.manifest.graphs[name].dtype)
         options = self._ort.SessionOptions()
-        options.log_severity_level = _ONLY_FATAL  # what goes wrong is raised, with its text
+        options.log_severity_level = LOG_FATAL_ONLY
         options.enable_mem_pattern = False  # every step has another past length
         if threads is not None:
             options.intra_op_num_threads = threads
         path, providers = str(bundle.graph_path(name)), ["CPUExecutionProvider"]
-        with self._errors("load"):
+        with ort_errors(self._ort, name, "load"):
             self._session = self._ort.InferenceSession(path, options, providers=providers)
         self._inputs = [item.name for item in self._session.get_inputs()]
 
@@ -94,16 +68,6 @@ class GraphRunner:
             name: value.astype(self._dtype) if value.dtype.kind == "f" else value
             for name, value in zip(self._inputs, values, strict=True)
         }
-        with self._errors("run"):
+        with ort_errors(self._ort, self.name, "run"):
             outputs: list[Array] = self._session.run(None, feeds)
         return outputs
-
-    @contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except _exceptions_of(self._ort) as error:
-            raise EngineError(
-                f"ONNX Runtime cannot {doing} the graph {self.name!r}: {error} Check the "
-                "bundle with `mvlm inspect`, or compile it again."
-            ) from error

@@ -79,13 +79,13 @@ class ReferenceModel:
 
     @classmethod
     def open(cls, folder: Path) -> ReferenceModel:
-        """Open a checkpoint folder.
+        """Open a checkpoint folder; tensors the model has no place for do not matter here.
 
         Raises:
             CheckpointError: it cannot be read, or lacks what the model needs.
         """
         checkpoint = Checkpoint.open(folder)
-        report = preflight(checkpoint, read_config(folder), None)
+        report = preflight(checkpoint, read_config(folder), None, allow_unknown=True)
         report.raise_if_failed()
         return cls(folder, checkpoint, report.weight_map)
 

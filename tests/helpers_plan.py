@@ -1,6 +1,7 @@
 """What the plans of TensorRT-RTX 1.7 hold, read from their bytes without a GPU.
 
-The format is undocumented, so this stays a test helper, pinned to the version in pyproject.
+The format is undocumented, so this stays a test helper, for the version in
+requirements.lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arrows of STYLE.md, held on every import statement, lazy ones included.
+"""The arrows of docs/architecture.md, held on every import statement, lazy ones included.
 
 engines <- passes <- calibration <- exporter, and which third-party packages each may use.
 """

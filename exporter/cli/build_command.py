@@ -12,24 +12,30 @@ from .console import StageProgress, human_bytes, print_json, print_settings, pri
 
 EXAMPLES = """\b
 Examples:
-  mvlm build bundle            on the Orin: needs numpy and the system's tensorrt only
+  mvlm build bundle            on the Orin: needs this package and the system's tensorrt
 """
 
 
 @click.command("build", epilog=EXAMPLES)
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--workspace",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Limit of TensorRT's scratch memory in GiB. Default: TensorRT's own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the build records as JSON.")
-def build(bundle: Path, as_json: bool) -> None:
+def build(bundle: Path, workspace: float | None, as_json: bool) -> None:
     """Build the bundle's engines with this machine's TensorRT."""
     from mvlm_export.engines.build import build_engines
 
     loaded = Bundle.load(bundle)
     manifest = loaded.manifest
+    limit = None if workspace is None else int(workspace * (1 << 30))
     settings = {"bundle": str(bundle), "target": manifest.target, "jetpack": manifest.jetpack}
     print_settings("mvlm build", settings)
     with StageProgress() as progress:
         progress.stage(f"Building engines for {manifest.target}")
-        record = build_engines(loaded, progress.advance)
+        record = build_engines(loaded, progress.advance, limit)
     if as_json:
         print_json(record)
         return

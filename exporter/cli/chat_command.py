@@ -48,6 +48,8 @@ def chat(
     from mvlm_export.engines import VLM, SamplingParams
 
     params = SamplingParams(**sampling)
+    for path in images:
+        load_image(path)
     vlm = VLM.load(bundle, provider=provider, threads=threads, verify=verify)
     click.echo(HELP, err=True)
     talk(vlm.chat(), list(images), params)

@@ -119,11 +119,22 @@ def _print_result(resolved: ResolvedSettings, result: CompileResult) -> None:
             for name, plan in record["plans"].items()
         ]
     print_table(f"Bundle {resolved.output}", ("graph", "form", "dtype", "size"), rows)
+    _print_preflight(result.report["preflight"])
     _print_checks(resolved, result.report["checks"])
     if result.parity is not None:
         print_parity(result.parity)
     for line in next_steps(resolved):
         print_line(line)
+
+
+def _print_preflight(preflight: dict[str, Any]) -> None:
+    used = sum(preflight["used"].values())
+    print_line(f"Tensors: {used} used, {len(preflight['ignored'])} ignored (see report.json).")
+    if preflight["unknown"]:
+        names = ", ".join(preflight["unknown"][:5])
+        print_line(f"Let pass, {len(preflight['unknown'])} unknown tensors: {names}.")
+    for note in preflight["notes"]:
+        print_line(f"Note: {note}")
 
 
 def _print_checks(resolved: ResolvedSettings, checks: dict[str, Any]) -> None:

@@ -38,7 +38,11 @@ Examples:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first N samples.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=40, show_default=True, help="Answer."
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Longest answer.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -110,12 +114,14 @@ def source_checkpoint(bundle: Bundle) -> Path:
         InputError: it is not where it was.
     """
     from ..assemble import checkpoint_source
+    from ..checkpoint import Checkpoint
 
     source = bundle.manifest.source
-    for folder in (Path(source.get("path", "/nowhere")), nano_checkpoint()):
+    recorded = [Path(source["path"])] if "path" in source else []
+    for folder in (*recorded, nano_checkpoint()):
         if (folder / "config.json").is_file():
-            found = checkpoint_source(folder)
-            if found["config_sha256"] == source.get("config_sha256"):
+            found = checkpoint_source(Checkpoint.open(folder))
+            if found["fingerprint"] == source.get("fingerprint"):
                 return folder
     raise InputError(
         f"The checkpoint of {bundle.path} is not at {source.get('path')} any more, or has "

@@ -164,10 +164,21 @@ def test_engines_have_their_own_records(tmp_path):
     assert bundle.engines() == {}
     folder = add_engines(bundle)
     assert list(Bundle.load(bundle.path).engines()) == [folder.name]
+    bundle.verify_engines()
     (folder / "decoder.plan").write_text("other plan")
-    with pytest.raises(BundleError, match=r"decoder\.plan differs"):
-        Bundle.load(bundle.path)
-    (folder / "build.json").write_text('{"plans": [1]}')
+    assert Bundle.load(bundle.path) == bundle  # graphs still run, and `mvlm build` mends it
+    with pytest.raises(BundleError, match=r"decoder\.plan differs.*mvlm build"):
+        bundle.verify_engines()
+
+
+@pytest.mark.parametrize(
+    "plans",
+    ["[1]", "[]", '{"decoder": 1}', '{"decoder": {"plan_path": "../x", "sha256": "0"}}'],
+)
+def test_a_broken_build_record_is_named(tmp_path, plans):
+    bundle = write_bundle(tmp_path / "bundle")
+    folder = add_engines(bundle)
+    (folder / "build.json").write_text(f'{{"plans": {plans}}}')
     with pytest.raises(BundleError, match="not a build record"):
         bundle.engines()
 
@@ -185,11 +196,19 @@ def edit_manifest(bundle, change):
     file.write_text(json.dumps(data))
 
 
-def test_a_graph_without_a_hash_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["decoder/model.onnx", "tokenizer/tokenizer.model"])
+def test_a_file_without_a_hash_is_refused(tmp_path, name):
     bundle = write_bundle(tmp_path / "bundle")
-    edit_manifest(bundle, lambda data: data["files"].pop("decoder/model.onnx"))
-    with pytest.raises(BundleError, match=r"decoder/model\.onnx"):
+    edit_manifest(bundle, lambda data: data["files"].pop(name))
+    with pytest.raises(BundleError, match=name):
         Bundle.load(bundle.path, verify=False)
+
+
+def test_weights_without_a_hash_are_refused(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    (bundle.path / "decoder" / "model.onnx.data").write_text("weights")
+    with pytest.raises(BundleError, match=r"no hash for decoder/model\.onnx\.data"):
+        Bundle.load(bundle.path)
 
 
 def test_a_manifest_may_not_reach_outside(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mvlm_export.engines.bundle import Bundle
 from mvlm_export.exporter import compile as compiling
 from mvlm_export.exporter.cli.errors import describe_missing, run_command
 from mvlm_export.exporter.cli.export_command import export
@@ -162,10 +163,14 @@ def test_samples_with_a_bad_picture_are_refused_at_once(checkpoint, tmp_path, ca
     assert not output.exists()
 
 
-def test_unknown_tensors_pass_if_allowed(broken, tmp_path):
+def test_unknown_tensors_pass_if_allowed(broken, samples, tmp_path, capsys):
     edit_tensors(broken, lambda t: t.update({"model.lora.a": torch.zeros(2)}))
-    arguments = ("--model", broken, "--output", tmp_path / "bundle", "--no-parity")
+    arguments = ("--model", broken, "--output", tmp_path / "bundle", "--samples", samples)
     assert type_export(*arguments, "--allow-unknown") == 0
+    assert "model.lora.a" in capsys.readouterr().out
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert report["preflight"]["unknown"] == ["model.lora.a"]
+    assert type_mvlm("parity", tmp_path / "bundle", "--samples", samples, "--limit", 1) == 0
 
 
 def test_kill_is_as_clean_as_ctrl_c(checkpoint, tmp_path):
@@ -271,6 +276,22 @@ def test_chat_survives_a_bad_picture(compiled, capsys, monkeypatch):
     assert len(output.out.splitlines()) == 2
 
 
+def test_chat_refuses_a_bad_first_picture(compiled, capsys):
+    assert type_mvlm("chat", compiled.bundle.path, "--image", "nowhere.png") == 2
+    assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_build_mends_a_damaged_plan(checkpoint, tmp_path, capsys):
+    output = tmp_path / "bundle"
+    arguments = ("--target", "rtx", "--model", checkpoint, "--output", output)
+    assert type_export(*arguments, "--no-parity") == 0
+    (plan,) = output.glob("engines/*/projector.plan")
+    truncate(plan)
+    assert type_mvlm("run", output, "--prompt", "what?", "--max-tokens", 2) == 0
+    assert type_mvlm("build", output, "--workspace", "0.5", "--json") == 0
+    Bundle.load(output).verify_engines()
+
+
 def test_run_on_a_damaged_bundle(compiled, tmp_path, capsys):
     path = tmp_path / "bundle"
     shutil.copytree(compiled.bundle.path, path)
@@ -290,6 +311,17 @@ def test_parity_command(compiled, samples, capsys):
     figures = json.loads(capsys.readouterr().out)
     assert figures["passed"] is True
     assert figures["end_to_end"]["samples"] == 1
+
+
+def test_parity_knows_the_weights_again(checkpoint, samples, tmp_path, capsys):
+    """Other weights under the same config.json are not the bundle's checkpoint."""
+    folder, output = tmp_path / "model", tmp_path / "bundle"
+    shutil.copytree(checkpoint, folder)
+    arguments = ("--model", folder, "--output", output, "--no-parity")
+    assert type_export(*arguments) == 0
+    edit_tensors(folder, lambda tensors: poison(tensors, GATE, 0.5))
+    assert type_mvlm("parity", output, "--samples", samples, "--limit", 1) == 2
+    assert "has changed" in capsys.readouterr().err
 
 
 def test_parity_with_another_model_fails(compiled, samples, capsys):

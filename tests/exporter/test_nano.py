@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mvlm_export.calibration.data import read_samples
 from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess
@@ -141,22 +142,39 @@ def test_twin_has_outliers_where_nano_has_none():
 
 
 def test_loads_into_transformers(golden):
-    """Unchanged names and values give the same logits in transformers' own modules."""
-    transformers = pytest.importorskip("transformers")
+    """Unchanged names and values give transformers' modules the same features and logits."""
     folder = nano_checkpoint()
     model = ReferenceModel.open(folder)
     config = json.loads((folder / "config.json").read_text())
     tensors = {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
     prefix = "model.vision_tower.vision_tower.vision_model."
-    vision = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**config["vision_config"])
-    ).eval()
+    vision = CLIPVisionModel(CLIPVisionConfig(**config["vision_config"])).eval()
     keys = vision.state_dict().keys()
     inner = "vision_model." if any(key.startswith("vision_model.") for key in keys) else ""
     own = {inner + n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
     assert not vision.load_state_dict(own, strict=False).unexpected_keys
+    llama = LlamaForCausalLM(LlamaConfig(**{k: config[k] for k in LLAMA_KEYS})).eval()
+    text = {n: t for n, t in tensors.items() if "vision_tower" not in n and "mm_" not in n}
+    llama.load_state_dict(text, strict=True)
     pixels = preprocess(golden["pixels"][0], ImageProcessorConfig(image_size=64))
+    ids = np.array([1, 300, 400, 500], np.int32)
     with torch.inference_mode():
         states = vision(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
+        logits = llama(torch.from_numpy(ids).long()[None]).logits[0].numpy()
     features = model.image_features(pixels)
     np.testing.assert_allclose(states[-2][:, 1:].numpy(), features, atol=2e-5)
+    _, run = model.greedy_run(ids, np.zeros((1, 256), np.float32), 1)
+    np.testing.assert_allclose(run.prefill.logits, logits, atol=2e-4)
+
+
+LLAMA_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "vocab_size",
+    "tie_word_embeddings",
+)
