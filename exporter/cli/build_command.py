@@ -36,6 +36,8 @@ def build(bundle: Path, workspace: float | None, as_json: bool) -> None:
     with StageProgress() as progress:
         progress.stage(f"Building engines for {manifest.target}")
         record = build_engines(loaded, progress.advance, limit)
+        progress.stage("Reading the plans back")
+        loaded.verify_engines()
     if as_json:
         print_json(record)
         return

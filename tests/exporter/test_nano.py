@@ -22,8 +22,8 @@ from mvlm_export.exporter.settings import default_samples, nano_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "nano"
 TWIN = nano_checkpoint().with_name("nano-outlier")
-GOLDEN_ROWS_BOUND = 2e-4
-"""Worst logit of float32 runs on different CPUs (golden logits reach about 20)."""
+GOLDEN_BOUND = 5e-4
+"""Worst logit of float32 runs on different CPUs (they reach 30); the twin is 1e-5 off."""
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,7 @@ def test_golden_logits(model, golden):
             logits = model.decoder(torch.from_numpy(ids), embeds, past)[0].numpy()
         found = logits[len(prompt) - 1 :]
         worst = max(worst, float(np.abs(found - golden["logits"][rows]).max()))
-    bound = GOLDEN_ROWS_BOUND if model.folder.name == "nano" else TWIN_BOUND
-    assert worst < bound
-
-
-TWIN_BOUND = 2e-2
-"""Columns divided by 64 fall into float16's subnormals and are rounded there."""
+    assert worst < GOLDEN_BOUND
 
 
 def test_golden_answers(model, golden):
