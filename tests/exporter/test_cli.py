@@ -305,12 +305,15 @@ def test_build_has_nothing_to_do_for_cpu(compiled, capsys):
     assert "nothing to build" in capsys.readouterr().err
 
 
-def test_parity_command(compiled, samples, capsys):
-    arguments = ("parity", compiled.bundle.path, "--samples", samples, "--limit", 1)
+def test_parity_command(compiled, samples, tmp_path, capsys):
+    path = tmp_path / "bundle"  # the command writes into its bundle's report
+    shutil.copytree(compiled.bundle.path, path)
+    arguments = ("parity", path, "--samples", samples, "--limit", 1)
     assert type_mvlm(*arguments, "--max-tokens", 3, "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["passed"] is True
     assert figures["end_to_end"]["samples"] == 1
+    assert json.loads((path / "report.json").read_text())["parity"] == figures
 
 
 def test_parity_knows_the_weights_again(checkpoint, samples, tmp_path, capsys):
