@@ -10,15 +10,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch import nn
 
 from mvlm_export.engines.bundle import TOKENIZER, Bundle, BundleWriter
 from mvlm_export.engines.image_processor import ImageProcessorConfig
-from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec, TensorSpec
+from mvlm_export.engines.manifest import Manifest
 from mvlm_export.engines.vlm import VLM
+from mvlm_export.exporter.assemble import graph_spec, model_spec
 from mvlm_export.exporter.config import ModelConfig, TextConfig, VisionConfig
 from mvlm_export.exporter.graphs import export_graph
 from mvlm_export.exporter.models.components import COMPONENTS, build_component
@@ -97,51 +97,18 @@ def random_modules(config: ModelConfig) -> dict[str, nn.Module]:
     return modules
 
 
-def graph_spec(name: str, path: Path, dtype: str) -> GraphSpec:
-    def tensors(values: object) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(
-                value.name,
-                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-                tuple(
-                    dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim
-                ),
-            )
-            for value in values
-        )
-
-    graph = onnx.load(path, load_external_data=False).graph
-    return GraphSpec(f"{name}/model.onnx", dtype, tensors(graph.input), tensors(graph.output))
-
-
-def model_spec(config: ModelConfig) -> ModelSpec:
-    text = config.text
-    return ModelSpec(
-        name="tiny",
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        max_positions=text.max_position_embeddings,
-        image_tokens=config.image_tokens,
-        stop_ids=(2,),
-        template="v1",
-        image_processor=ImageProcessorConfig(config.vision.image_size).to_json(),
-    )
-
-
 def build(config: ModelConfig, path: Path, dtype: str) -> TinyModel:
     modules = random_modules(config)
     with BundleWriter(path) as writer:
         graphs = {}
         for name in COMPONENTS:
             weights = dict(modules[name].named_parameters())
-            file = export_graph(name, config, dtype, weights.__getitem__, writer.folder / name)
-            graphs[name] = graph_spec(name, file, dtype)
+            export_graph(name, config, dtype, weights.__getitem__, writer.folder / name)
+            graphs[name] = graph_spec(writer.folder, name, dtype)
         write_tokenizer(writer.folder / TOKENIZER)
-        writer.seal(Manifest(model_spec(config), "cpu", dtype, graphs))
+        processor = ImageProcessorConfig(config.vision.image_size)
+        model = model_spec("tiny", config, processor, "v1")
+        writer.seal(Manifest(model, "cpu", dtype, graphs))
         writer.commit()
     return TinyModel(config, modules, path)
 
