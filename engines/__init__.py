@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .errors import MvlmError
-    from .generation import Answer, AnswerStream, Timings
+    from .generation import Answer, AnswerStream
     from .sampling import SamplingParams
+    from .timings import Timings
     from .vlm import VLM, ChatSession
 
 __all__ = [
@@ -32,7 +33,7 @@ _MODULES = {
     "ChatSession": "vlm",
     "Answer": "generation",
     "AnswerStream": "generation",
-    "Timings": "generation",
+    "Timings": "timings",
     "Bundle": "bundle",
     "MvlmError": "errors",
     "SamplingParams": "sampling",

@@ -15,6 +15,7 @@ from typing import Any
 
 from .bundle import BUILD_FILE, ENGINES, Bundle, replace_folder, sha256_of, write_json
 from .errors import EngineError
+from .kv_cache import KvForm
 from .manifest import ModelSpec
 from .targets import TARGETS, Target, get_target
 from .trt_api import load_tensorrt
@@ -38,12 +39,14 @@ Progress = Callable[[int, int, str], None]
 _STEPS = 1000
 
 
-def graph_profiles(model: ModelSpec, dtype: str) -> dict[str, tuple[ProfileSpec, ...]]:
+def graph_profiles(
+    model: ModelSpec, dtype: str, kv_form: KvForm = "append"
+) -> dict[str, tuple[ProfileSpec, ...]]:
     """Optimization profiles of the three graphs, by graph name."""
     images = vision_profiles(MAX_IMAGES)
     most = min(MAX_IMAGES * model.image_tokens, model.max_positions)
     kind = _WEIGHT_KINDS[dtype]
-    decoder = decoder_profiles(model.max_positions, model.image_tokens, kind, most)
+    decoder = decoder_profiles(model.max_positions, model.image_tokens, kind, most, kv_form)
     return {"vision_encoder": images, "projector": images, "decoder": decoder}
 
 
@@ -56,9 +59,10 @@ def _build_all(
     progress: Progress | None,
     compute_capability: tuple[int, int] | None = None,
     workspace_bytes: int | None = None,
+    kv_form: KvForm = "append",
 ) -> dict[str, BuildResult]:
     results = {}
-    profiles = graph_profiles(model, dtype)
+    profiles = graph_profiles(model, dtype, kv_form)
     for index, (name, path) in enumerate(graphs.items()):
         label = f"{name}.plan"
 
@@ -128,6 +132,7 @@ def build_engines(
             partial,
             progress,
             workspace_bytes=workspace_bytes,
+            kv_form=manifest.kv_form,
         )
         record = {
             "folder": key,
@@ -148,7 +153,8 @@ def _plan_records(
     bundle: Bundle, folder: Path, results: Mapping[str, BuildResult]
 ) -> dict[str, Any]:
     manifest = bundle.manifest
-    profiles = graph_profiles(manifest.model, manifest.graphs["decoder"].dtype)
+    dtype = manifest.graphs["decoder"].dtype
+    profiles = graph_profiles(manifest.model, dtype, manifest.kv_form)
     records = {}
     for name, result in results.items():
         graph_folder = Path(manifest.graphs[name].file).parent.as_posix()
@@ -172,6 +178,7 @@ def build_stand_in(
     dtype: str,
     folder: Path,
     progress: Progress | None = None,
+    kv_form: KvForm = "append",
 ) -> dict[str, Any]:
     """Parse and build graphs with TensorRT-RTX to see that they build; the plans are dropped.
 
@@ -180,6 +187,7 @@ def build_stand_in(
 
     Args:
         folder: an existing folder with room for the plans, in a temporary folder of its own.
+        kv_form: of the decoder's cache.
 
     Raises:
         EngineError: TensorRT-RTX refuses a graph.
@@ -194,5 +202,6 @@ def build_stand_in(
             Path(place),
             progress,
             STAND_IN_CAPABILITY,
+            kv_form=kv_form,
         )
         return {name: result.to_json() for name, result in results.items()}

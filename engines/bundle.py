@@ -27,6 +27,7 @@ from .manifest import Manifest
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 TOKENIZER = "tokenizer"
+PREFIX = "prefix.npz"
 ENGINES = "engines"
 BUILD_FILE = "build.json"
 _UNHASHED = frozenset({MANIFEST, REPORT})
@@ -128,6 +129,7 @@ class Bundle:
         """The manifest must vouch for each graph and the tokenizer, inside this folder."""
         graphs = [graph.file for graph in self.manifest.graphs.values()]
         data = [f"{name}.data" for name in graphs if (self.path / f"{name}.data").exists()]
+        data += [PREFIX] if (self.path / PREFIX).exists() else []
         needed = [*graphs, *data, f"{TOKENIZER}/tokenizer.model"]
         unlisted = [name for name in needed if name not in self.manifest.files]
         if unlisted:
@@ -187,6 +189,11 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         """Folder with ``tokenizer.model`` and its settings."""
         return self.path / TOKENIZER
+
+    @property
+    def prefix_path(self) -> Path | None:
+        """Cache rows of the prompt prefix; None if the bundle has none."""
+        return self.path / PREFIX if PREFIX in self.manifest.files else None
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """Build records by engine folder; ``record["plans"]`` holds one a graph.

@@ -29,3 +29,7 @@ class MissingPackageError(MvlmError):
 
 class ParityError(MvlmError):
     """A compiled graph does not agree with PyTorch's; the command line exits with 1."""
+
+
+class PassError(MvlmError):
+    """A graph cannot be rewritten as it must be."""

@@ -5,75 +5,24 @@ Everything here is about one answer; what it runs on is a :class:`DecoderSession
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
-
+from .decoder_state import DecoderState, Digests, KeptRows
 from .errors import InputError
+from .image_encoder import ImageRows
 from .prompt import PromptIds
 from .sampling import Sampler, SamplingParams
-from .session import DecoderSession, Float32Array, FloatArray, IdArray
+from .session import FloatArray
+from .timings import PhaseClock, Timings
 from .tokenizer import LlamaTokenizer, StreamDecoder
 
 FinishReason = Literal["stop", "length", "stop_string", "context", "interrupted"]
 """Why an answer ended: the model said so; max_tokens; a stop string; no position was left; the
 stream was closed or interrupted."""
-
-_PHASES = ("preprocess", "vision", "projector", "prefill", "decode")
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds and counts of one answer; time that the reader of a stream took is left out.
-
-    Attributes:
-        load: opening the bundle, once for all answers.
-        preprocess: reading, padding, resizing and normalising the images.
-        vision: the vision encoder, all images.
-        projector: the projector, all images.
-        prefill: the decoder over the prompt, and the choice of the first token.
-        time_to_first_token: from the start of the work to the first token.
-        decode: all tokens after the first.
-        total: from the start of the work to its end, without ``load``.
-        prefill_tokens: rows that prefill ran, image rows included.
-        cached_tokens: rows of the prompt that the cache held already.
-        decode_tokens: tokens after the first.
-    """
-
-    load: float
-    preprocess: float
-    vision: float
-    projector: float
-    prefill: float
-    time_to_first_token: float
-    decode: float
-    total: float
-    prefill_tokens: int
-    cached_tokens: int
-    decode_tokens: int
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Speed after the first token; 0 where there is only one."""
-        return self.decode_tokens / self.decode if self.decode_tokens else 0.0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt rows a second."""
-        return self.prefill_tokens / self.prefill
-
-    def to_json(self) -> dict[str, float | int]:
-        """Every figure by name, the speeds included."""
-        return {
-            **asdict(self),
-            "prefill_tokens_per_second": self.prefill_tokens_per_second,
-            "decode_tokens_per_second": self.decode_tokens_per_second,
-        }
 
 
 @dataclass(frozen=True)
@@ -98,34 +47,6 @@ class Answer:
             "finish_reason": self.finish_reason,
             "timings": self.timings.to_json(),
         }
-
-
-class PhaseClock:
-    """Seconds by phase, from its making on; pauses count nowhere."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(_PHASES, 0.0)
-        self._start = time.perf_counter()
-
-    def elapsed(self) -> float:
-        """Seconds since the start, pauses left out."""
-        return time.perf_counter() - self._start
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a phase."""
-        start = self.elapsed()
-        yield
-        self.seconds[name] += self.elapsed() - start
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time of the block out."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._start += time.perf_counter() - start
 
 
 class StopScanner:
@@ -165,44 +86,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class DecoderState:
-    """A cache together with the ids whose rows it holds."""
-
-    def __init__(self, decoder: DecoderSession) -> None:
-        self.cache = decoder.new_cache()
-        self._decoder = decoder
-        self._ids: IdArray = np.zeros(self.cache.capacity, np.int32)
-
-    @property
-    def ids(self) -> IdArray:
-        """int32 [length]: the ids in the cache."""
-        return self._ids[: self.cache.length]
-
-    def rewind(self, prompt: PromptIds) -> int:
-        """Keep the rows that ``prompt`` begins with too, but not its last one; their number.
-
-        The last row is always run, since its logits are needed.
-        """
-        kept = min(prompt.shared_prefix(self.ids), len(prompt) - 1)
-        self.cache.truncate(kept)
-        return kept
-
-    def prefill(self, prompt: PromptIds, image_embeds: FloatArray) -> Float32Array:
-        """Run what the cache lacks of the prompt: logits [V] of its last row."""
-        return self._append(prompt.ids[self.cache.length :], image_embeds)
-
-    def decode_one_token(self, id_: int, image_embeds: FloatArray) -> Float32Array:
-        """Run one generated token: logits [V] for the next; the image rows are not read."""
-        return self._append(np.array([id_], np.int32), image_embeds[:1])
-
-    def _append(self, ids: IdArray, image_embeds: FloatArray) -> Float32Array:
-        # Written before the run: whatever interrupts it, ids[:length] are those in the cache.
-        start = self.cache.length
-        self.cache.require_room(len(ids))
-        self._ids[start : start + len(ids)] = ids
-        return self._decoder.append(self.cache, ids, image_embeds)
-
-
 @dataclass(frozen=True)
 class TextModel:
     """What generation needs to know of the model."""
@@ -221,17 +104,19 @@ class Request:
         limit: tokens that may be generated, at least 1.
         limit_reason: the finish reason when they are used up.
         embed: makes the image rows [I, D], I >= 1, that ``prompt`` names.
-        lease: lends a state; rows that it shares with the prompt are reused.
+        lease: lends a state for the prompt with these pictures; rows shared are reused.
         commit: called with the answer, before the state is given back.
+        new_images: pictures that come with this question.
     """
 
     prompt: PromptIds
     params: SamplingParams
     limit: int
     limit_reason: FinishReason
-    embed: Callable[[PhaseClock], FloatArray]
-    lease: Callable[[], AbstractContextManager[DecoderState]]
+    embed: Callable[[PhaseClock], ImageRows]
+    lease: Callable[[PromptIds, Digests], AbstractContextManager[DecoderState]]
     commit: Callable[[Answer], None]
+    new_images: int = 0
 
 
 class AnswerStream(Iterator[str]):
@@ -290,20 +175,20 @@ class AnswerStream(Iterator[str]):
         return self.answer
 
     def _run(self) -> Generator[str, None, None]:
-        clock = PhaseClock()
-        image_embeds = self._request.embed(clock)
-        with self._request.lease() as state:
-            kept = state.rewind(self._request.prompt)
+        clock, request = PhaseClock(), self._request
+        images = request.embed(clock)
+        with request.lease(request.prompt, images.digests) as state:
+            kept = state.rewind(request.prompt, images.digests)
             try:
-                yield from self._deltas_of(state, image_embeds, clock)
-                self._complete(clock, kept)
+                yield from self._deltas_of(state, images.embeds, clock)
+                self._complete(clock, kept, images)
             except (GeneratorExit, KeyboardInterrupt):
                 if self._ids:
-                    self._complete(clock, kept)
+                    self._complete(clock, kept, images)
                 raise
             finally:
                 if self._answer is None:
-                    state.cache.truncate(kept)
+                    state.drop_failed(kept.count)
 
     def _deltas_of(
         self, state: DecoderState, image_embeds: FloatArray, clock: PhaseClock
@@ -313,6 +198,7 @@ class AnswerStream(Iterator[str]):
         sampler = Sampler(request.params, prompt_ids[prompt_ids < model.vocab_size].tolist())
         scanner = StopScanner(request.params.stop)
         text_decoder = StreamDecoder(model.tokenizer)
+        greedy = request.params.is_greedy and state.chooses_greedily
         with clock.phase("prefill"):
             id_ = sampler.choose(state.prefill(request.prompt, image_embeds))
         self._first_token_at = clock.elapsed()
@@ -332,17 +218,23 @@ class AnswerStream(Iterator[str]):
             if ends:
                 return
             with clock.phase("decode"):
-                id_ = sampler.choose(state.decode_one_token(id_, image_embeds))
+                if greedy:
+                    id_ = state.decode_greedily(id_, image_embeds)
+                else:
+                    id_ = sampler.choose(state.decode_one_token(id_, image_embeds))
 
-    def _complete(self, clock: PhaseClock, kept: int) -> None:
+    def _complete(self, clock: PhaseClock, kept: KeptRows, images: ImageRows) -> None:
         timings = Timings(
             load=self._model.load_seconds,
             **clock.seconds,
             time_to_first_token=self._first_token_at,
             total=clock.elapsed(),
-            prefill_tokens=len(self._request.prompt) - kept,
-            cached_tokens=kept,
+            prefill_tokens=len(self._request.prompt) - kept.count,
+            cached_tokens=kept.count,
+            prefix_tokens=kept.from_prefix,
             decode_tokens=len(self._ids) - 1,
+            images=self._request.new_images,
+            images_reused=images.reused,
         )
         text = "".join(self._text)
         self._answer = Answer(text, tuple(self._ids), self._reason, timings)

@@ -181,6 +181,19 @@ def normalize(
     return (unit - mean) / std
 
 
+def encoder_input(
+    pixels: npt.NDArray[np.uint8], config: ImageProcessorConfig, dtype: str
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    """What a vision encoder takes whose ``pixel_values`` are of ``dtype``.
+
+    Args:
+        pixels: of :func:`preprocess_uint8`.
+        dtype: ``uint8`` for an encoder into which mean and deviation have been folded: it gets
+            the pixels as they are. Any other gets them normalised, in float32.
+    """
+    return pixels if dtype == "uint8" else normalize(pixels, config)
+
+
 def preprocess(
     image: ImageSource, config: ImageProcessorConfig, *, exif_orientation: bool = True
 ) -> npt.NDArray[np.float32]:

@@ -1,16 +1,23 @@
-"""The append-only, sequence-major cache of keys and values.
+"""The cache of keys and values: one class, two forms of memory.
 
-Each tensor is laid out [capacity, H_kv, head_dim] and allocated once, so the first T rows and
-the rows right behind them are both contiguous. A backend binds the past to the start of the
-buffer and the graph's new rows to the address behind it: nothing is ever moved. The
-book-keeping needs addresses only, so it is the same for host memory and for a GPU's.
+``append``: each tensor is [capacity, H_kv, head_dim], so the first T rows and the rows right
+behind them are both contiguous. A backend binds the past to the start of the buffer and the
+graph's new rows to the address behind it: nothing is ever moved.
+
+``fixed``: each tensor is [1, H_kv, capacity, head_dim], and the graph is told by
+``past_length`` how many rows are filled. Past and present are bound to one address: the graph
+writes its new rows in place. Rows behind the filled ones are masked, which a NaN would pass,
+so they are zero or finite leftovers, never what was there before.
+
+The book-keeping needs addresses only, so it is the same for host memory and for a GPU's.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +25,9 @@ import numpy.typing as npt
 from .errors import EngineError
 
 CacheArray = npt.NDArray[np.floating[Any]]
+KvForm = Literal["append", "fixed"]
+KV_FORMS: tuple[KvForm, ...] = ("append", "fixed")
+"""Forms of the decoder's cache, by the manifest's name."""
 
 
 def cache_names(prefix: str, layers: int) -> list[str]:
@@ -32,6 +42,7 @@ class CacheShape:
     Attributes:
         capacity: most rows (positions) it can hold.
         dtype: numpy's name of the element type, ``float32`` or ``float16``.
+        form: how the rows lie in memory, one of ``KV_FORMS``.
     """
 
     layers: int
@@ -39,6 +50,7 @@ class CacheShape:
     head_dim: int
     capacity: int
     dtype: str
+    form: KvForm = "append"
 
     @property
     def tensors(self) -> int:
@@ -55,19 +67,37 @@ class CacheShape:
         """Bytes of the whole cache."""
         return self.tensors * self.capacity * self.row_bytes
 
+    @property
+    def buffer(self) -> tuple[int, ...]:
+        """Shape of one tensor's buffer."""
+        if self.form == "fixed":
+            return 1, self.heads, self.capacity, self.head_dim
+        return self.rows(self.capacity)
+
     def rows(self, count: int) -> tuple[int, int, int]:
         """Shape of ``count`` rows of one tensor."""
         return count, self.heads, self.head_dim
 
+    def as_rows(self, buffer: CacheArray) -> CacheArray:
+        """A whole buffer seen as [capacity, H_kv, head_dim], without a copy."""
+        return buffer[0].transpose(1, 0, 2) if self.form == "fixed" else buffer
 
-class KvCache:
+
+class KvCache(ABC):
     """Which rows of the buffers are filled, and where the next ones go.
+
+    A backend's cache adds how rows are read and written from the host.
 
     Args:
         shape: its size.
         addresses: start of each tensor's buffer, of ``capacity`` rows each.
         memory: what owns the buffers; held so that they live as long as the cache.
+
+    Attributes:
+        writes_cheaply: False where ``write_rows`` costs about as much as running the rows.
     """
+
+    writes_cheaply = True
 
     def __init__(self, shape: CacheShape, addresses: Sequence[int], memory: object) -> None:
         if len(addresses) != shape.tensors:
@@ -90,13 +120,69 @@ class KvCache:
         """Rows that fit."""
         return self.shape.capacity
 
+    @property
+    def past_shape(self) -> tuple[int, ...]:
+        """Shape that a tensor of the past is bound with."""
+        return self.shape.buffer if self._is_fixed else self.shape.rows(self._length)
+
+    def new_shape(self, count: int) -> tuple[int, ...]:
+        """Shape that a cache output of the graph is bound with, for ``count`` new rows."""
+        return self.shape.buffer if self._is_fixed else self.shape.rows(count)
+
     def past_address(self, tensor: int) -> int:
-        """Where the filled rows of a tensor start; never null, even when there are none."""
+        """Where a tensor's buffer starts; never null, even when no row is filled."""
         return self._addresses[tensor]
 
     def new_address(self, tensor: int) -> int:
-        """Where the next row of a tensor goes: right behind the filled ones."""
-        return self._addresses[tensor] + self._length * self.shape.row_bytes
+        """Where the graph's output goes: behind the filled rows; the past itself if fixed."""
+        offset = 0 if self._is_fixed else self._length * self.shape.row_bytes
+        return self._addresses[tensor] + offset
+
+    @property
+    def _is_fixed(self) -> bool:
+        return self.shape.form == "fixed"
+
+    @abstractmethod
+    def read_rows(self, tensor: int, start: int, stop: int) -> CacheArray:
+        """A copy [stop - start, H_kv, head_dim] of filled rows of a tensor.
+
+        Raises:
+            EngineError: they are not all filled.
+        """
+
+    @abstractmethod
+    def write_rows(self, tensor: int, start: int, rows: CacheArray) -> None:
+        """Put ``rows`` [n, H_kv, head_dim] at position ``start``; ``length`` stays as it is.
+
+        Raises:
+            EngineError: they are of another size or dtype, or go beyond the capacity.
+        """
+
+    def clear_behind(self) -> None:
+        """After a failed run: leave nothing behind the filled rows that masking lets pass."""
+        if not self._is_fixed:
+            return
+        shape = self.shape
+        zeros = np.zeros(shape.rows(shape.capacity - self._length), shape.dtype)
+        for tensor in range(shape.tensors):
+            self.write_rows(tensor, self._length, zeros)
+
+    def _check_filled(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self._length:
+            raise EngineError(
+                f"Rows {start} to {stop} of the KV cache were asked for, but it holds "
+                f"{self._length}; ask for filled rows."
+            )
+
+    def _check_rows(self, start: int, rows: CacheArray) -> None:
+        shape = self.shape
+        fits = rows.shape == shape.rows(len(rows)) and rows.dtype == shape.dtype
+        if not fits or not 0 <= start <= shape.capacity - len(rows):
+            raise EngineError(
+                f"Rows {list(rows.shape)} of {rows.dtype} do not fit at position {start} of a "
+                f"KV cache of {shape.capacity} rows [{shape.heads}, {shape.head_dim}] of "
+                f"{shape.dtype}; make them with the same model."
+            )
 
     def require_room(self, count: int) -> None:
         """Check that ``count`` more rows fit.
@@ -137,15 +223,14 @@ class HostKvCache(KvCache):
     """A cache in this process's memory, readable as numpy arrays."""
 
     def __init__(self, shape: CacheShape) -> None:
-        arrays = [
-            np.empty(shape.rows(shape.capacity), shape.dtype) for _ in range(shape.tensors)
-        ]
+        make = np.zeros if shape.form == "fixed" else np.empty
+        arrays = [make(shape.buffer, shape.dtype) for _ in range(shape.tensors)]
         super().__init__(shape, [array.ctypes.data for array in arrays], arrays)
-        self._arrays = arrays
+        self._rows = [shape.as_rows(array) for array in arrays]
 
     def past(self, tensor: int) -> CacheArray:
         """The filled rows of a tensor: a view [length, H_kv, head_dim]."""
-        return self._arrays[tensor][: self.length]
+        return self._rows[tensor][: self.length]
 
     def new(self, tensor: int, count: int) -> CacheArray:
         """The ``count`` rows behind the filled ones: a view [count, H_kv, head_dim].
@@ -154,4 +239,15 @@ class HostKvCache(KvCache):
             EngineError: they go beyond the capacity.
         """
         self.require_room(count)
-        return self._arrays[tensor][self.length : self.length + count]
+        return self._rows[tensor][self.length : self.length + count]
+
+    def read_rows(self, tensor: int, start: int, stop: int) -> CacheArray:
+        """As :meth:`KvCache.read_rows`."""
+        self._check_filled(start, stop)
+        rows: CacheArray = self._rows[tensor][start:stop].copy()
+        return rows
+
+    def write_rows(self, tensor: int, start: int, rows: CacheArray) -> None:
+        """As :meth:`KvCache.write_rows`."""
+        self._check_rows(start, rows)
+        self._rows[tensor][start : start + len(rows)] = rows

@@ -6,16 +6,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 from .errors import BundleError
-from .kv_cache import cache_names
+from .kv_cache import KV_FORMS, KvForm, cache_names
 
 SCHEMA_VERSION = 1
 GRAPHS = ("vision_encoder", "projector", "decoder")
 """The graphs of every bundle."""
 
+NEXT_TOKEN = "next_token"
+"""Output that a decoder may have beside the others: the likeliest next id, int64 [1]."""
+
 GRAPH_DTYPES = ("float32", "float16")
+_PIXEL_DTYPES = (*GRAPH_DTYPES, "uint8")
 _TENSOR_DTYPES = (*GRAPH_DTYPES, "int64", "int32", "int8", "uint8", "bool")
 _LARGEST = 2**31 - 1
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -76,7 +80,8 @@ class Manifest:
     """The whole of ``manifest.json``.
 
     Attributes:
-        kv_form: ``append``: the decoder returns the new cache rows alone, sequence-major.
+        kv_form: ``append``: the decoder returns the new cache rows alone, sequence-major;
+            ``fixed``: it writes them into the whole cache, head-major, at ``past_length``.
         files: sha256 of every file the bundle was made with, by path inside it.
         tools: versions of the packages that made the bundle.
         source: where the weights came from: checkpoint ``path`` and ``fingerprint``.
@@ -86,13 +91,25 @@ class Manifest:
     target: str
     recipe: str
     graphs: Mapping[str, GraphSpec]
-    kv_form: str = "append"
+    kv_form: KvForm = "append"
     jetpack: int | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def pixel_dtype(self) -> str:
+        """``uint8`` if the vision encoder takes raw pixels, else that of normalised ones."""
+        return self.graphs["vision_encoder"].inputs[0].dtype
+
+    @property
+    def cache_dtype(self) -> str:
+        """Element type of the decoder's cache."""
+        names = cache_names("past_key_values", 1)
+        inputs = self.graphs["decoder"].inputs
+        return next(tensor.dtype for tensor in inputs if tensor.name in names)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` reads back unchanged."""
@@ -115,9 +132,10 @@ class Manifest:
             )
         top = _Record(data, "", cls)
         model = _read_model(_Record(top["model"], "model", ModelSpec))
-        graphs = _read_graphs(top, model.num_layers)
+        kv_form = top.choice("kv_form", KV_FORMS) if "kv_form" in top.data else "append"
+        graphs = _read_graphs(top, model.num_layers, cast("KvForm", kv_form))
         readers: dict[str, Callable[[str], Any]] = {
-            "kv_form": top.text,
+            "kv_form": lambda _: kv_form,
             "jetpack": lambda key: None if top[key] is None else top.size(key),
             "tools": top.texts,
             "checks": top.mapping,
@@ -132,14 +150,20 @@ class Manifest:
         return manifest
 
 
-def graph_tensors(name: str, num_layers: int) -> tuple[list[str], list[str]]:
-    """Names of the inputs and outputs that a graph of ``GRAPHS`` has, in the graph's order."""
+def graph_tensors(
+    name: str, num_layers: int, kv_form: KvForm = "append"
+) -> tuple[list[str], list[str]]:
+    """Names of the inputs and outputs that a graph of ``GRAPHS`` has, in the graph's order.
+
+    A decoder may have ``NEXT_TOKEN`` as a further output.
+    """
     if name == "vision_encoder":
         return ["pixel_values"], ["image_features"]
     if name == "projector":
         return ["image_features"], ["image_embeds"]
     past, present = (cache_names(p, num_layers) for p in ("past_key_values", "present"))
-    return ["input_ids", "image_embeds", *past], ["logits", *present]
+    length = ["past_length"] if kv_form == "fixed" else []
+    return ["input_ids", "image_embeds", *length, *past], ["logits", *present]
 
 
 def _damaged(place: str, value: object, wanted: str) -> BundleError:
@@ -253,33 +277,56 @@ def _read_model(model: _Record) -> ModelSpec:
     )
 
 
-def _read_graphs(top: _Record, num_layers: int) -> dict[str, GraphSpec]:
+def _read_graphs(top: _Record, num_layers: int, kv_form: KvForm) -> dict[str, GraphSpec]:
     found = top.mapping("graphs")
     if set(found) != set(GRAPHS):
         raise _damaged("graphs", sorted(found), f"each of {', '.join(GRAPHS)}")
-    return {name: _read_graph(name, found[name], num_layers) for name in found}
+    return {
+        name: _read_graph(name, found[name], graph_tensors(name, num_layers, kv_form))
+        for name in found
+    }
 
 
-def _read_graph(name: str, data: object, num_layers: int) -> GraphSpec:
+def _read_graph(name: str, data: object, tensors: tuple[list[str], list[str]]) -> GraphSpec:
     graph = _Record(data, f"graphs.{name}", GraphSpec)
     if not _is_inside(graph.text("file")):
         raise graph.bad("file", "a path inside the bundle")
     inputs, outputs = _read_tensors(graph, "inputs"), _read_tensors(graph, "outputs")
-    wanted_inputs, wanted_outputs = graph_tensors(name, num_layers)
-    for key, tensors, wanted in (
-        ("inputs", inputs, wanted_inputs),
-        ("outputs", outputs, wanted_outputs),
-    ):
-        names = [tensor.name for tensor in tensors]
-        if sorted(names) != sorted(wanted):
-            other = sorted(set(names) ^ set(wanted)) or names
-            raise BundleError(
-                f"The bundle's manifest is damaged: {graph.path_of(key)} are not those of the "
-                f"model (different: {', '.join(other[:4])}). Copy the bundle again, or "
-                "compile it again."
-            )
+    _check_names(graph, "inputs", inputs, tensors[0])
+    optional = {NEXT_TOKEN} if name == "decoder" else set()
+    given = tuple(tensor for tensor in outputs if tensor.name not in optional)
+    if len(outputs) - len(given) > 1:
+        raise graph.bad("outputs", f"{NEXT_TOKEN} once at most")
+    _check_names(graph, "outputs", given, tensors[1])
+    _check_dtypes(graph, (*inputs, *outputs))
     dtype = graph.choice("dtype", GRAPH_DTYPES)
     return GraphSpec(graph.text("file"), dtype, inputs, outputs)
+
+
+def _check_names(
+    graph: _Record, key: str, tensors: tuple[TensorSpec, ...], wanted: list[str]
+) -> None:
+    names = [tensor.name for tensor in tensors]
+    if sorted(names) != sorted(wanted):
+        other = sorted(set(names) ^ set(wanted)) or names
+        raise BundleError(
+            f"The bundle's manifest is damaged: {graph.path_of(key)} are not those of the "
+            f"model (different: {', '.join(other[:4])}). Copy the bundle again, or "
+            "compile it again."
+        )
+
+
+def _check_dtypes(graph: _Record, tensors: tuple[TensorSpec, ...]) -> None:
+    """Types that the runtime chooses by: of pixels and of the cache."""
+    for tensor in tensors:
+        allowed: tuple[str, ...] = ()
+        if tensor.name == "pixel_values":
+            allowed = _PIXEL_DTYPES
+        elif tensor.name.startswith(("past_key_values.", "present.")):
+            allowed = GRAPH_DTYPES
+        if allowed and tensor.dtype not in allowed:
+            place = f"{graph.place}.{tensor.name}.dtype"
+            raise _damaged(place, tensor.dtype, f"one of {', '.join(allowed)}")
 
 
 def _read_tensors(graph: _Record, key: str) -> tuple[TensorSpec, ...]:

@@ -1,8 +1,9 @@
 """ONNX Runtime: the graphs of a bundle, with the KV cache bound by address.
 
-The decoder's past is bound to the start of the cache's buffers and its new rows right behind,
-so a step moves no cache row outside the graph. With CUDA the cache lies in GPU memory and only
-ids, image rows and logits cross the bus.
+The decoder's past is bound to the start of the cache's buffers and its new rows right behind
+(or, in the fixed form, to the same address), so a step moves no cache row outside the graph.
+With CUDA the cache lies in GPU memory and only ids, image rows and logits cross the bus; of a
+greedy answer, the chosen id alone where the graph gives it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,25 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BundleError, EngineError, InputError
-from .kv_cache import CacheShape, HostKvCache, KvCache, cache_names
-from .manifest import ModelSpec
+from .kv_cache import (
+    KV_FORMS,
+    CacheArray,
+    CacheShape,
+    HostKvCache,
+    KvCache,
+    KvForm,
+    cache_names,
+)
+from .manifest import NEXT_TOKEN, ModelSpec, graph_tensors
 from .ort_api import LOG_FATAL_ONLY, import_onnxruntime, ort_errors
-from .session import BackendOptions, Float32Array, FloatArray, IdArray
+from .session import (
+    BackendOptions,
+    Float32Array,
+    FloatArray,
+    IdArray,
+    PixelArray,
+    not_finite,
+)
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -63,10 +79,11 @@ class OrtBackend:
                 f"There is no ONNX Runtime provider {options.provider!r}; choose one of "
                 f"{', '.join(PROVIDERS)}."
             )
-        if bundle.manifest.kv_form != "append":
+        if bundle.manifest.kv_form not in KV_FORMS:
             raise EngineError(
                 f"The bundle's decoder has the KV form {bundle.manifest.kv_form!r}, but the "
-                "onnxruntime backend runs 'append'; compile it with `--target cpu`."
+                f"onnxruntime backend runs {' and '.join(map(repr, KV_FORMS))}; compile it "
+                "with `--target cpu`."
             )
         self._ort = import_onnxruntime(provider.extra)
         self._bundle = bundle
@@ -92,9 +109,9 @@ class OrtBackend:
         """
         # Every step has another past length, and a memory plan would be kept for each.
         session = self._open("decoder", memory_patterns=False)
-        return OrtDecoder(
-            self._ort, session, self._bundle.manifest.model, self._provider.device
-        )
+        manifest = self._bundle.manifest
+        device = self._provider.device
+        return OrtDecoder(self._ort, session, manifest.model, device, manifest.kv_form)
 
     def _open(self, name: str, memory_patterns: bool) -> Any:  # noqa: ANN401
         options = self._ort.SessionOptions()
@@ -128,8 +145,13 @@ class OrtGraph:
         (self._output,) = session.get_outputs()
         self._dtype = _DTYPES[self._input.type]
 
-    def run(self, array: FloatArray) -> FloatArray:
+    def run(self, array: FloatArray | PixelArray) -> FloatArray:
         """As :meth:`GraphSession.run`."""
+        if (array.dtype == np.uint8) != (self._dtype == "uint8"):
+            raise EngineError(
+                f"The graph {self.name!r} takes {self._dtype}, but {array.dtype} was given: "
+                "the manifest says another type than the graph has. Compile the bundle again."
+            )
         feed = {self._input.name: np.ascontiguousarray(array, self._dtype)}
         with ort_errors(self._ort, self.name, "run"):
             result: FloatArray = self._session.run([self._output.name], feed)[0]
@@ -150,16 +172,18 @@ class OrtDecoder:
         session: Any,  # noqa: ANN401
         model: ModelSpec,
         device: str,
+        kv_form: KvForm = "append",
     ) -> None:
         self._ort = ort
         self._session = session
         self._device = device
         inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         outputs = {tensor.name: tensor for tensor in session.get_outputs()}
+        wanted_inputs, wanted_outputs = graph_tensors("decoder", model.num_layers, kv_form)
+        _check_names(inputs, set(wanted_inputs), "inputs")
+        _check_names(outputs, {*wanted_outputs, *(outputs.keys() & {NEXT_TOKEN})}, "outputs")
         self._past = cache_names("past_key_values", model.num_layers)
         self._present = cache_names("present", model.num_layers)
-        _check_names(inputs, {"input_ids", "image_embeds", *self._past}, "inputs")
-        _check_names(outputs, {"logits", *self._present}, "outputs")
         self._embeds_dtype = _DTYPES[inputs["image_embeds"].type]
         self._vocab_size = model.vocab_size
         self._last_row_only = outputs["logits"].shape[0] == 1
@@ -169,31 +193,47 @@ class OrtDecoder:
             head_dim=model.head_dim,
             capacity=model.max_positions,
             dtype=_DTYPES[inputs[self._past[0]].type],
+            form=kv_form,
         )
         _check_widths(inputs[self._past[0]], outputs["logits"], self._shape, model)
-        self._binding = session.io_binding()
+        self._chooses_greedily = NEXT_TOKEN in outputs
         self._lock = threading.Lock()
+        self._binding = session.io_binding()
+        self._greedy_binding = session.io_binding()  # gives no logits
         self._step_logits = np.empty((1, model.vocab_size), np.float32)
+        self._next_token = np.empty(1, np.int64)
+        self._past_length = np.empty(1, np.int64)
+
+    @property
+    def chooses_greedily(self) -> bool:
+        """As :attr:`DecoderSession.chooses_greedily`."""
+        return self._chooses_greedily
 
     def new_cache(self) -> KvCache:
         """An empty cache of ``max_positions`` rows, in the provider's memory."""
         if self._device == "cpu":
             return HostKvCache(self._shape)
         with ort_errors(self._ort, self.name, "allocate the cache of"):
-            return device_cache(self._ort, self._shape, self._device)
+            return OrtKvCache(self._ort, self._shape, self._device)
 
     def append(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> Float32Array:
         """As :meth:`DecoderSession.append`."""
-        cache.require_room(len(ids))
-        ids = np.ascontiguousarray(ids, np.int32)
-        image_embeds = np.ascontiguousarray(image_embeds, self._embeds_dtype)
-        with self._lock, ort_errors(self._ort, self.name, "run"):
+        with self._lock:
             logits = self._logits_buffer(len(ids))
-            self._bind(cache, ids, image_embeds, logits)
-            self._session.run_with_iobinding(self._binding)
+            self._run(self._binding, cache, ids, image_embeds, "logits", logits)
             last: Float32Array = logits[-1].copy()
-        cache.advance(len(ids))
         return last
+
+    def append_greedy(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> int:
+        """As :meth:`DecoderSession.append_greedy`."""
+        with self._lock:
+            target = self._next_token
+            self._run(self._greedy_binding, cache, ids, image_embeds, NEXT_TOKEN, target)
+            id_ = int(target[0])
+        if not 0 <= id_ < self._vocab_size:
+            cache.truncate(cache.length - len(ids))
+            raise not_finite(f"the token {id_} of {self._vocab_size}")
+        return id_
 
     def _logits_buffer(self, count: int) -> Float32Array:
         """The buffer of one row that every step uses, or one for this prefill alone."""
@@ -201,36 +241,77 @@ class OrtDecoder:
             return self._step_logits
         return np.empty((count, self._vocab_size), np.float32)
 
-    def _bind(
+    def _run(
         self,
+        binding: Any,  # noqa: ANN401
         cache: KvCache,
         ids: IdArray,
         image_embeds: FloatArray,
-        logits: Float32Array,
+        output: str,
+        target: np.ndarray[Any, Any],
     ) -> None:
-        binding, device, shape = self._binding, self._device, self._shape
-        dtype = np.dtype(shape.dtype).type
-        past, new = shape.rows(cache.length), shape.rows(len(ids))
-        for name, array in (("input_ids", ids), ("image_embeds", image_embeds)):
-            binding.bind_input(
-                name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-            )
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        """Run ``ids`` behind the cache, with ``output`` written to ``target``."""
+        cache.require_room(len(ids))
+        self._past_length[0] = cache.length
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "input_ids": np.ascontiguousarray(ids, np.int32),
+            "image_embeds": np.ascontiguousarray(image_embeds, self._embeds_dtype),
+        }
+        if self._shape.form == "fixed":
+            arrays["past_length"] = self._past_length
+        with ort_errors(self._ort, self.name, "run"):
+            for name, array in arrays.items():
+                place = array.ctypes.data
+                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, place)
+            place = target.ctypes.data
+            binding.bind_output(output, "cpu", 0, target.dtype.type, target.shape, place)
+            self._bind_cache(binding, cache, len(ids))
+            self._session.run_with_iobinding(binding)
+        cache.advance(len(ids))
+
+    def _bind_cache(self, binding: Any, cache: KvCache, count: int) -> None:  # noqa: ANN401
+        device, dtype = self._device, np.dtype(self._shape.dtype).type
+        past, new = cache.past_shape, cache.new_shape(count)
         for n, name in enumerate(self._past):
             binding.bind_input(name, device, 0, dtype, past, cache.past_address(n))
         for n, name in enumerate(self._present):
             binding.bind_output(name, device, 0, dtype, new, cache.new_address(n))
 
 
-def device_cache(ort: Any, shape: CacheShape, device: str) -> KvCache:  # noqa: ANN401
-    """A cache in memory that ONNX Runtime allocates on ``device``."""
-    dtype = np.dtype(shape.dtype).type
-    rows = list(shape.rows(shape.capacity))
-    buffers = [
-        ort.OrtValue.ortvalue_from_shape_and_type(rows, dtype, device, 0)
-        for _ in range(shape.tensors)
-    ]
-    return KvCache(shape, [buffer.data_ptr() for buffer in buffers], buffers)
+class OrtKvCache(KvCache):
+    """A cache in memory that ONNX Runtime allocates on a device.
+
+    Rows are read and written by way of a copy of the whole tensor on the host.
+    """
+
+    writes_cheaply = False
+
+    def __init__(self, ort: Any, shape: CacheShape, device: str) -> None:  # noqa: ANN401
+        dtype = np.dtype(shape.dtype).type
+        self._buffers = [
+            ort.OrtValue.ortvalue_from_shape_and_type(list(shape.buffer), dtype, device, 0)
+            for _ in range(shape.tensors)
+        ]
+        addresses = [buffer.data_ptr() for buffer in self._buffers]
+        super().__init__(shape, addresses, self._buffers)
+        if shape.form == "fixed":
+            zeros = np.zeros(shape.buffer, dtype)
+            for buffer in self._buffers:
+                buffer.update_inplace(zeros)
+
+    def read_rows(self, tensor: int, start: int, stop: int) -> CacheArray:
+        """As :meth:`KvCache.read_rows`."""
+        self._check_filled(start, stop)
+        whole = self._buffers[tensor].numpy()
+        rows: CacheArray = self.shape.as_rows(whole)[start:stop].copy()
+        return rows
+
+    def write_rows(self, tensor: int, start: int, rows: CacheArray) -> None:
+        """As :meth:`KvCache.write_rows`."""
+        self._check_rows(start, rows)
+        whole = np.array(self._buffers[tensor].numpy())
+        self.shape.as_rows(whole)[start : start + len(rows)] = rows
+        self._buffers[tensor].update_inplace(whole)
 
 
 def _check_names(found: Mapping[str, Any], wanted: set[str], kind: str) -> None:
@@ -248,11 +329,16 @@ def _check_widths(
     shape: CacheShape,
     model: ModelSpec,
 ) -> None:
-    found = (*past.shape[1:], logits.shape[-1], _DTYPES.get(logits.type))
+    found = (past.shape[1], past.shape[-1], logits.shape[-1], _DTYPES.get(logits.type))
     wanted = (shape.heads, shape.head_dim, model.vocab_size, "float32")
     if found != wanted:
         raise BundleError(
             "The decoder has KV heads, head size, vocabulary and logits of "
             f"{', '.join(map(str, found))}, but the manifest's model needs "
             f"{', '.join(map(str, wanted))}; compile the bundle again."
+        )
+    if shape.form == "fixed" and tuple(past.shape) != shape.buffer:
+        raise BundleError(
+            f"The decoder's cache is {list(past.shape)}, but the manifest's model needs "
+            f"{list(shape.buffer)}; compile the bundle again."
         )

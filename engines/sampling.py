@@ -58,6 +58,11 @@ class SamplingParams:
                 raise InputError(f"{name} is {value!r}; give a number {meaning}.")
         object.__setattr__(self, "stop", _as_texts(self.stop))
 
+    @property
+    def is_greedy(self) -> bool:
+        """True if the choice is that of the largest logit, as the decoder gave them."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def override(self, **changes: Any) -> SamplingParams:
         """These settings with some of them replaced.
 

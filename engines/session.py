@@ -5,7 +5,8 @@ decoder whose weights serve any number of caches. Arrays at this border are nump
 that is large and lives long (weights, cache) stays inside the backend, on its own device: a
 cache is created by the decoder that will use it, in that decoder's memory, and is addressed
 through :class:`KvCache`, so a TensorRT decoder gives ``past_address`` and ``new_address``
-to its execution context exactly as ONNX Runtime's IO binding takes them.
+to its execution context exactly as ONNX Runtime's IO binding takes them. Which form the cache
+has (``manifest.kv_form``) is the cache's own knowledge: nothing above it asks.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import EngineError, InputError
 from .kv_cache import KvCache
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Float32Array = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int32]
+PixelArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class BackendOptions:
             )
 
 
+def not_finite(what: str) -> EngineError:
+    """The error for a decoder whose numbers overflowed; ``what`` it gave that shows it."""
+    return EngineError(
+        f"The decoder gave {what}, so its logits are not finite: its numbers overflowed. Run "
+        "`mvlm parity` on the bundle, or compile it again with --recipe fp32."
+    )
+
+
 class GraphSession(Protocol):
     """A graph with one input and one output, such as the vision encoder."""
 
@@ -50,8 +60,8 @@ class GraphSession(Protocol):
     def name(self) -> str:
         """The graph's name in the bundle."""
 
-    def run(self, array: FloatArray) -> FloatArray:
-        """Output of the graph for ``array``, which is cast to the graph's dtype.
+    def run(self, array: FloatArray | PixelArray) -> FloatArray:
+        """Output of the graph for ``array``; floats are cast to the graph's dtype.
 
         Raises:
             EngineError: the graph cannot run on this input.
@@ -60,6 +70,10 @@ class GraphSession(Protocol):
 
 class DecoderSession(Protocol):
     """The decoder: appends rows to a cache and gives the logits of the last one."""
+
+    @property
+    def chooses_greedily(self) -> bool:
+        """True if the graph gives the likeliest id itself: :meth:`append_greedy` works."""
 
     def new_cache(self) -> KvCache:
         """An empty cache of ``max_positions`` rows in this decoder's memory."""
@@ -77,6 +91,16 @@ class DecoderSession(Protocol):
 
         Raises:
             EngineError: no room in the cache, or the graph failed; the cache is as before.
+        """
+
+    def append_greedy(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> int:
+        """As :meth:`append`, but the likeliest next id; the logits stay where they are.
+
+        Logits that are not finite are noticed only if the graph then gives an id outside the
+        vocabulary. That is why the first token of an answer is always chosen from logits.
+
+        Raises:
+            EngineError: as :meth:`append`, or the id is none of the vocabulary.
         """
 
 

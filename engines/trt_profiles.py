@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import EngineError, InputError
+from .kv_cache import KvForm
 
 DimRange = tuple[int, int, int]
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -42,14 +43,21 @@ class ProfileSpec:
 
 
 def decoder_profiles(
-    max_length: int, image_rows: int, kind: WeightKind, max_image_rows: int | None = None
+    max_length: int,
+    image_rows: int,
+    kind: WeightKind,
+    max_image_rows: int | None = None,
+    kv_form: KvForm = "append",
 ) -> tuple[ProfileSpec, ProfileSpec]:
     """The decoder's profiles, prefill (index 0) and decode (index 1).
 
-    S is new tokens, T past tokens, I rows of ``image_embeds``. A decode profile with S fixed
-    at 1 gets the matrix-vector attention kernel, but makes TensorRT keep FP16, FP32 and INT8
-    weights twice (measured: 954 against 543 MB on four layers); a range 1..2 shares them.
-    INT4 weights are shared either way, so they alone get S = 1.
+    S is new tokens, T past tokens, I rows of ``image_embeds``. There is no T with a fixed
+    cache: its tensors have ``max_length`` rows, and ``past_length`` is a value.
+
+    A decode profile with S fixed at 1 gets the matrix-vector attention kernel, but makes
+    TensorRT keep FP16, FP32 and INT8 weights twice (measured: 954 against 543 MB on four
+    layers); a range 1..2 shares them. INT4 weights are shared either way, so they alone get
+    S = 1.
 
     The maxima contradict each other: S + T may exceed ``max_length`` within a profile, as
     TensorRT takes each dimension by itself (it warns "kMAX values are not self-consistent" at
@@ -63,6 +71,7 @@ def decoder_profiles(
         image_rows: rows of ``image_embeds`` to optimise for (144 an image for LDPv2).
         kind: how the decoder's weights are stored.
         max_image_rows: rows of ``image_embeds`` at most; None for ``image_rows``.
+        kv_form: of the decoder's cache.
 
     Raises:
         InputError: ``max_length`` is below 2 or ``image_rows`` below 1.
@@ -75,15 +84,15 @@ def decoder_profiles(
     past = max_length - 1
     rows = (1, image_rows, max(image_rows, max_image_rows or 0))
     decode_tokens = (1, 1, 1) if kind == "int4" else (1, 1, 2)
+    seen: tuple[dict[str, DimRange], dict[str, DimRange]] = (
+        {"T": (0, 0, past)},
+        {"T": (0, min(max_length // 4, past), past)},
+    )
+    prefill_past, decode_past = seen if kv_form == "append" else ({}, {})
+    prompt_tokens = (1, min(256, max_length), max_length)
     return (
-        ProfileSpec(
-            "prefill",
-            {"S": (1, min(256, max_length), max_length), "T": (0, 0, past), "I": rows},
-        ),
-        ProfileSpec(
-            "decode",
-            {"S": decode_tokens, "T": (0, min(max_length // 4, past), past), "I": rows},
-        ),
+        ProfileSpec("prefill", {"S": prompt_tokens, **prefill_past, "I": rows}),
+        ProfileSpec("decode", {"S": decode_tokens, **decode_past, "I": rows}),
     )
 
 

@@ -11,26 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from .backends import open_backend
 from .bundle import Bundle
-from .errors import EngineError, InputError
-from .generation import (
-    Answer,
-    AnswerStream,
-    DecoderState,
-    FinishReason,
-    PhaseClock,
-    Request,
-    TextModel,
-)
-from .image_processor import ImageProcessorConfig, preprocess
+from .decoder_state import DecoderState, Digests, StatePool
+from .errors import InputError
+from .generation import Answer, AnswerStream, FinishReason, Request, TextModel
+from .image_encoder import CACHED_IMAGES, ImageCache, ImageEncoder, ImageRows
 from .load_image import ImageSource
+from .prefix import PromptPrefix, load_prefix
 from .prompt import Conversation, PromptIds, get_template, tokenize_prompt
 from .sampling import SamplingParams
 from .session import Backend, BackendOptions, FloatArray
 from .targets import get_target
+from .timings import PhaseClock
 from .tokenizer import LlamaTokenizer
 
 Images: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
@@ -41,21 +34,38 @@ class VLM:
     """A bundle, opened and ready to answer; made by :meth:`load`.
 
     Answers of one ``VLM`` may be streamed side by side: each has a cache of its own, which
-    goes back to a pool at its end.
+    goes back to a pool at its end. What is in it stays, and so do the image rows of the
+    pictures seen last: a further question about the same picture runs the question alone.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, started: float | None = None) -> None:
-        """From what is open already; ``started``: ``time.perf_counter()`` when that began."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        started: float | None = None,
+        *,
+        use_prefix: bool = True,
+        reuse: bool = True,
+    ) -> None:
+        """From what is open already.
+
+        Args:
+            started: ``time.perf_counter()`` when opening began; None for now.
+            use_prefix: as for :meth:`load`.
+            reuse: as for :meth:`load`.
+
+        Raises:
+            BundleError: the bundle's prompt prefix or tokenizer cannot be used.
+        """
         started = time.perf_counter() if started is None else started
         self.bundle = bundle
         self.model = model = bundle.manifest.model
-        self._image_config = ImageProcessorConfig.from_json(model.image_processor)
         self._template = get_template(model.template)
         tokenizer = LlamaTokenizer.from_folder(bundle.tokenizer_path)
-        self._vision = backend.open_graph("vision_encoder")
-        self._projector = backend.open_graph("projector")
-        self._decoder = backend.open_decoder()
-        self._free: list[DecoderState] = []
+        cache = ImageCache(CACHED_IMAGES if reuse else 0)
+        self._encoder = ImageEncoder(bundle.manifest, backend, cache)
+        prefix = _read_prefix(bundle) if use_prefix else None
+        self._states = StatePool(backend.open_decoder(), prefix, reuse)
         seconds = time.perf_counter() - started
         stop_ids = frozenset(model.stop_ids)
         self.text_model = TextModel(tokenizer, model.vocab_size, stop_ids, seconds)
@@ -68,6 +78,9 @@ class VLM:
         provider: str | None = None,
         threads: int | None = None,
         verify: bool = True,
+        *,
+        use_prefix: bool = True,
+        reuse: bool = True,
     ) -> VLM:
         """Open a bundle.
 
@@ -78,6 +91,9 @@ class VLM:
                 what the bundle's target runs on, the CPU for a target with engines.
             threads: CPU threads for one operator; None means the backend's default.
             verify: compare every file with its hash first (reads the whole bundle).
+            use_prefix: begin with the bundle's prompt prefix, where it has one.
+            reuse: keep image rows and cache rows from one question to the next; without, each
+                question costs what a first one does.
 
         Raises:
             BundleError: the bundle is missing or damaged.
@@ -91,7 +107,8 @@ class VLM:
             manifest = bundle.manifest
             provider = get_target(manifest.target, manifest.jetpack).provider
         options = BackendOptions(provider, threads)
-        return cls(bundle, open_backend(bundle, backend, options), started)
+        opened = open_backend(bundle, backend, options)
+        return cls(bundle, opened, started, use_prefix=use_prefix, reuse=reuse)
 
     def generate(
         self,
@@ -127,8 +144,8 @@ class VLM:
         sources = as_list(images)
         prompt = self.tokenize(self.conversation().ask(question, len(sources)))
 
-        def embed(clock: PhaseClock) -> FloatArray:
-            return self.embed_images(sources, clock) if sources else self.no_image()
+        def embed(clock: PhaseClock) -> ImageRows:
+            return self.encode_images(sources, clock)
 
         return AnswerStream(
             self.text_model,
@@ -136,8 +153,9 @@ class VLM:
                 prompt,
                 *self.plan(prompt, params, overrides),
                 embed=embed,
-                lease=self._lease_state,
+                lease=self._states.lease,
                 commit=_forget,
+                new_images=len(sources),
             ),
         )
 
@@ -156,39 +174,23 @@ class VLM:
             conversation.render(), self.text_model.tokenizer, self.model.vocab_size, counts
         )
 
-    def embed_images(
+    def embed_images(self, sources: Sequence[ImageSource]) -> FloatArray:
+        """Rows [images * image_tokens, D] of pictures; see :meth:`encode_images`."""
+        return self.encode_images(sources).embeds
+
+    def encode_images(
         self, sources: Sequence[ImageSource], clock: PhaseClock | None = None
-    ) -> FloatArray:
-        """Rows [images * image_tokens, D] of pictures, one after another.
-
-        Raises:
-            InputError: a picture cannot be read.
-            EngineError: a graph failed, or gave another number of rows than the manifest says.
-        """
-        clock = clock or PhaseClock()
-        rows: list[FloatArray] = []
-        for source in sources:
-            with clock.phase("preprocess"):
-                pixels = preprocess(source, self._image_config)
-            with clock.phase("vision"):
-                features = self._vision.run(pixels)
-            with clock.phase("projector"):
-                embeds = self._projector.run(features)[0]
-            if len(embeds) != self.model.image_tokens:
-                raise EngineError(
-                    f"The projector gave {len(embeds)} rows for an image, but the manifest "
-                    f"says {self.model.image_tokens}; compile the bundle again."
-                )
-            rows.append(embeds)
-        return np.concatenate(rows)
-
-    def no_image(self) -> FloatArray:
-        """One row of zeros: what the decoder takes where there is no image."""
-        return np.zeros((1, self.model.hidden_size), np.float32)
+    ) -> ImageRows:
+        """As :meth:`ImageEncoder.encode`."""
+        return self._encoder.encode(sources, clock or PhaseClock())
 
     def new_state(self) -> DecoderState:
-        """An empty cache with its ids."""
-        return DecoderState(self._decoder)
+        """A cache with its ids, which holds the prompt prefix alone."""
+        return self._states.new_state()
+
+    def renew_state(self, state: DecoderState) -> None:
+        """As :meth:`StatePool.renew`."""
+        self._states.renew(state)
 
     def plan(
         self, prompt: PromptIds, params: SamplingParams | None, overrides: dict[str, Any]
@@ -212,23 +214,14 @@ class VLM:
             return params, room, "context"
         return params, params.max_tokens, "length"
 
-    @contextmanager
-    def _lease_state(self) -> Iterator[DecoderState]:
-        state = self._free.pop() if self._free else self.new_state()
-        try:
-            state.cache.truncate(0)
-            yield state
-        finally:
-            self._free.append(state)
-
 
 class ChatSession:
     """A conversation that keeps its cache: each turn prefills what is new only.
 
     What the model sees in a turn is always the whole conversation, tokenised in its template;
-    cache rows are reused as far as their ids agree with it. Mostly that is all of them. An
-    answer that the model spelt in other tokens than the tokenizer would, or that a stop string
-    cut, is run again from there.
+    cache rows are reused as far as their ids and pictures agree with it. Mostly that is all of
+    them. An answer that the model spelt in other tokens than the tokenizer would, or that a
+    stop string cut, is run again from there.
 
     A turn that is interrupted stays in the conversation with the text it had reached; one that
     fails, or is interrupted before its first token, is forgotten.
@@ -241,11 +234,11 @@ class ChatSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every turn."""
+        """Forget every turn; what the cache holds is reused if the next ones begin alike."""
         self._end_stream()
-        self._state.cache.truncate(0)
+        self._vlm.renew_state(self._state)
         self.conversation = self._vlm.conversation()
-        self._image_embeds = self._vlm.no_image()[:0]
+        self._images = self._vlm.encode_images([])
 
     def ask(
         self,
@@ -269,25 +262,30 @@ class ChatSession:
         vlm, sources = self._vlm, as_list(images)
         asked = self.conversation.ask(question, len(sources))
         prompt = vlm.tokenize(asked)
-        embeds = self._image_embeds
+        shown = self._images
 
-        def embed(clock: PhaseClock) -> FloatArray:
-            nonlocal embeds
-            if sources:
-                embeds = np.concatenate([embeds, vlm.embed_images(sources, clock)])
-            return embeds if len(embeds) else vlm.no_image()
+        def embed(clock: PhaseClock) -> ImageRows:
+            nonlocal shown
+            shown = shown.followed_by(vlm.encode_images(sources, clock))
+            return shown
 
         def commit(answer: Answer) -> None:
             self.conversation = asked.answer(answer.text)
-            self._image_embeds = embeds
+            self._images = shown
 
-        plan = vlm.plan(prompt, params, overrides)
-        request = Request(prompt, *plan, embed=embed, lease=self._lend_state, commit=commit)
+        request = Request(
+            prompt,
+            *vlm.plan(prompt, params, overrides),
+            embed=embed,
+            lease=self._lend_state,
+            commit=commit,
+            new_images=len(sources),
+        )
         self._stream = AnswerStream(vlm.text_model, request)
         return self._stream
 
     @contextmanager
-    def _lend_state(self) -> Iterator[DecoderState]:
+    def _lend_state(self, prompt: PromptIds, images: Digests) -> Iterator[DecoderState]:
         yield self._state
 
     def _end_stream(self) -> None:
@@ -301,6 +299,11 @@ def as_list(images: Images) -> list[ImageSource]:
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _read_prefix(bundle: Bundle) -> PromptPrefix | None:
+    path, manifest = bundle.prefix_path, bundle.manifest
+    return None if path is None else load_prefix(path, manifest.model, manifest.cache_dtype)
 
 
 def _forget(answer: Answer) -> None:

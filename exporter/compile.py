@@ -13,17 +13,16 @@ import numpy as np
 
 from mvlm_export.calibration.data import Sample, read_samples
 from mvlm_export.engines.build import build_engines, build_stand_in
-from mvlm_export.engines.bundle import REPORT, Bundle, BundleWriter, write_json
+from mvlm_export.engines.bundle import PREFIX, REPORT, Bundle, BundleWriter, write_json
 from mvlm_export.engines.doctor import read_memory
-from mvlm_export.engines.errors import (
-    CheckpointError,
-    InputError,
-    MissingPackageError,
-)
+from mvlm_export.engines.errors import CheckpointError, InputError, MissingPackageError
 from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec
+from mvlm_export.engines.prefix import PromptPrefix, save_prefix
+from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 from mvlm_export.engines.trt_api import load_tensorrt
 from mvlm_export.passes.conformance import check_conformance
+from mvlm_export.passes.pipeline import PipelineOptions, check_names
 
 from .assemble import (
     checkpoint_source,
@@ -37,15 +36,10 @@ from .checkpoint import Checkpoint
 from .config import read_config
 from .estimate import Estimate, estimate_target
 from .geometry import ModelConfig
-from .graphs import export_graph
 from .models.components import COMPONENTS
-from .preflight import (
-    PreflightReport,
-    expected_shapes,
-    find_fp16_overflow,
-    preflight,
-    scan_values,
-)
+from .optimize import GraphPlan, export_optimized, model_facts, pass_report
+from .prefix import compute_prefix
+from .preflight import PreflightReport, expected_shapes, preflight, scan_values
 from .settings import CompileSettings, ResolvedSettings, resolve_settings
 
 if TYPE_CHECKING:
@@ -75,8 +69,10 @@ class _Inputs:
 
     config: ModelConfig
     checkpoint: Checkpoint
+    tokenizer: LlamaTokenizer
     checked: PreflightReport
     model: ModelSpec
+    plan: GraphPlan
     samples: list[Sample]
 
 
@@ -109,17 +105,17 @@ class Compiler:
         self._check_packages()
         with BundleWriter(self.resolved.output, self.given.overwrite) as writer:
             inputs = self._read_inputs(writer.folder)
-            model = inputs.model
-            self._export_graphs(writer.folder, inputs)
+            passes = self._export_graphs(writer.folder, inputs)
+            self._write_prefix(writer.folder, inputs)
             copy_files(self.resolved.folder, writer.folder)
             graphs = {
                 name: graph_spec(writer.folder, name, self.resolved.dtype)
                 for name in COMPONENTS
             }
-            checks = self._check_graphs(writer.folder, graphs, model)
+            checks = self._check_graphs(writer.folder, graphs, inputs) | {"passes": passes}
             self._enter("Hashing the bundle")
             source = checkpoint_source(inputs.checkpoint)
-            bundle = writer.seal(self._manifest(model, graphs, checks, source))
+            bundle = writer.seal(self._manifest(inputs, graphs, checks, source))
             report: dict[str, Any] = {
                 "settings": self.resolved.to_json(),
                 "preflight": _preflight_json(inputs.checked),
@@ -132,14 +128,22 @@ class Compiler:
             return CompileResult(writer.commit(), report, parity)
 
     def _check_packages(self) -> None:
-        """Packages that are needed later are asked for now."""
+        """Packages and passes that are needed later are asked for now."""
+        check_names(self.given.disabled_passes, self.given.enabled_passes)
         if self.resolved.builds_here:
             load_tensorrt(self.resolved.target.runtime)
-        if self.given.parity and importlib.util.find_spec("onnxruntime") is None:
+        if importlib.util.find_spec("onnxruntime") is not None:
+            return
+        if self.given.parity:
             raise MissingPackageError(
                 "The comparison with PyTorch runs the graphs in ONNX Runtime, which is not "
                 "installed. Install it with `pip install 'mvlm-export[cpu]'`, or leave the "
                 "comparison out with --no-parity."
+            )
+        if self.given.verify_passes:
+            raise MissingPackageError(
+                "--verify-passes runs the graphs in ONNX Runtime, which is not installed. "
+                "Install it with `pip install 'mvlm-export[cpu]'`, or leave it out."
             )
 
     def _read_inputs(self, output: Path) -> _Inputs:
@@ -156,18 +160,12 @@ class Compiler:
         checked.raise_if_failed()
         processor = image_processor(folder, config)
         model = model_spec(folder.name, config, processor, self.given.template)
+        plan = self._graph_plan(config, model)
         samples = self._read_samples(model, tokenizer)
         self._check_disk(output, config)
         self._enter("Checking every weight")
-        largest = scan_values(checkpoint, checked.weight_map, self.listener.advance)
-        overflowing = find_fp16_overflow(largest)
-        if overflowing and self.resolved.dtype == "float16":
-            worst = ", ".join(f"{k} ({v:.3g})" for k, v in list(overflowing.items())[:5])
-            raise CheckpointError(
-                f"{len(overflowing)} tensors hold values beyond float16's 65504: {worst}. "
-                "Compile with --recipe fp32."
-            )
-        return _Inputs(config, checkpoint, checked, model, samples)
+        scan_values(checkpoint, checked.weight_map, self.listener.advance)
+        return _Inputs(config, checkpoint, tokenizer, checked, model, plan, samples)
 
     def _limited(self, config: ModelConfig) -> ModelConfig:
         limit, most = self.given.max_length, config.text.max_position_embeddings
@@ -208,7 +206,9 @@ class Compiler:
                 "choose another --output."
             )
 
-    def _export_graphs(self, folder: Path, inputs: _Inputs) -> None:
+    def _export_graphs(self, folder: Path, inputs: _Inputs) -> dict[str, Any]:
+        """Write the three graphs; what their passes did, by graph."""
+        report = {}
         for name in COMPONENTS:
             self._enter(f"Exporting {name}")
             tensors = inputs.checked.weight_map[name]
@@ -216,17 +216,48 @@ class Compiler:
             def read(parameter: str, tensors: Any = tensors) -> Tensor:  # noqa: ANN401
                 return inputs.checkpoint.load(tensors[parameter])
 
-            export_graph(
-                name,
-                inputs.config,
-                self.resolved.dtype,
-                read,
-                folder / name,
-                self.listener.advance,
-            )
+            advance = self.listener.advance
+            records = export_optimized(name, inputs.plan, read, folder / name, advance)
+            report[name] = pass_report(records)
+        return report
+
+    def _graph_plan(self, config: ModelConfig, model: ModelSpec) -> GraphPlan:
+        given = self.given
+        options = PipelineOptions(
+            self.resolved.dtype,
+            frozenset(given.disabled_passes),
+            frozenset(given.enabled_passes),
+            self.listener.advance,
+        )
+        return GraphPlan(
+            config,
+            model_facts(config, model),
+            self.resolved.target,
+            options,
+            given.dump_dir,
+            given.verify_passes,
+            given.threads,
+        )
+
+    def _write_prefix(self, folder: Path, inputs: _Inputs) -> None:
+        """Compute the cache rows that every prompt begins with."""
+        template = get_template(inputs.model.template)
+        ids = tokenize_constant_prefix(template, inputs.tokenizer)
+        if not len(ids):
+            return
+        self._enter("Computing the prompt's constant prefix")
+        rows = compute_prefix(
+            ids,
+            inputs.config.text,
+            inputs.checkpoint,
+            inputs.checked.weight_map["decoder"],
+            self.resolved.dtype,
+            self.listener.advance,
+        )
+        save_prefix(folder / PREFIX, PromptPrefix(ids, tuple(rows)))
 
     def _check_graphs(
-        self, folder: Path, graphs: dict[str, GraphSpec], model: ModelSpec
+        self, folder: Path, graphs: dict[str, GraphSpec], inputs: _Inputs
     ) -> dict[str, Any]:
         """Conformance, the estimate, and the stand-in build where it applies."""
         target = self.resolved.target
@@ -235,14 +266,14 @@ class Compiler:
         for index, (name, path) in enumerate(paths.items(), 1):
             check_conformance(path, target).raise_if_failed()
             self.listener.advance(index, len(paths), name)
-        estimate = estimate_target(paths, self.resolved.dtype, model, target)
+        estimate = estimate_target(paths, self.resolved.dtype, inputs.model, target)
         checks: dict[str, Any] = {"conformance": "passed", "estimate": estimate.to_json()}
         if target.has_engines and not self.resolved.builds_here and self.given.stand_in:
-            checks["stand_in"] = self._stand_in(folder, paths, model, estimate)
+            checks["stand_in"] = self._stand_in(folder, paths, inputs, estimate)
         return checks
 
     def _stand_in(
-        self, folder: Path, paths: dict[str, Path], model: ModelSpec, estimate: Estimate
+        self, folder: Path, paths: dict[str, Path], inputs: _Inputs, estimate: Estimate
     ) -> dict[str, Any]:
         _, available = read_memory(Path("/"))
         needed = STAND_IN_MEMORY * estimate.weights
@@ -254,26 +285,31 @@ class Compiler:
         self._enter("Building with TensorRT-RTX as a stand-in")
         try:
             return build_stand_in(
-                paths, model, self.resolved.dtype, folder, self.listener.advance
+                paths,
+                inputs.model,
+                self.resolved.dtype,
+                folder,
+                self.listener.advance,
+                inputs.plan.kv_form,
             )
         except MissingPackageError as error:
             return {"skipped": str(error)}
 
     def _manifest(
         self,
-        model: ModelSpec,
+        inputs: _Inputs,
         graphs: dict[str, GraphSpec],
         checks: dict[str, Any],
         source: dict[str, str],
     ) -> Manifest:
         target = self.resolved.target
         return Manifest(
-            model=model,
+            model=inputs.model,
             target=target.name,
             jetpack=target.jetpack,
             recipe=self.resolved.recipe,
             graphs=graphs,
-            kv_form=target.kv_form,
+            kv_form=inputs.plan.kv_form,
             tools=tool_versions(),
             checks=checks,
             source=source,

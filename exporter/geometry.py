@@ -30,6 +30,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 _POOLING = ("ldpnetv2", "ldpnet", "pw2_pool", "pw2_pool_pos")
 _EVEN_GRID = ("ldpnetv2", "pw2_pool", "pw2_pool_pos")
 _TOKENWISE = ("linear", "pw2")
+_PEG = ("ldpnetv2", "ldpnetv2_nopool")
 
 _MLP = re.compile(r"^mlp([1-9]\d*)x_gelu$")
 
@@ -239,6 +240,16 @@ class ModelConfig:
     def pools(self) -> bool:
         """Whether the projector halves the grid along both sides."""
         return self.projector_type in _POOLING
+
+    @property
+    def pools_average(self) -> bool:
+        """Whether it does so by an average pool behind its pointwise layers."""
+        return self.projector_type in _EVEN_GRID
+
+    @property
+    def has_peg(self) -> bool:
+        """Whether the projector adds a depthwise convolution to that convolution's input."""
+        return self.projector_type in _PEG
 
     @property
     def image_tokens(self) -> int:

@@ -25,14 +25,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mvlm_export.engines.errors import CheckpointError, MvlmError
+from mvlm_export.engines.errors import MvlmError
 from mvlm_export.engines.kv_cache import cache_names
+from mvlm_export.passes.deferred import Array, DeferredValues
+from mvlm_export.passes.graph_io import Progress, bind_weight, import_graph, save_graph
 
 from .config import ModelConfig
 from .models.components import build_component
@@ -40,16 +43,9 @@ from .models.llama import rotary_tables
 
 OPSET = 20
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
-
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_IR_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
 WeightSource = Callable[[str], Tensor]
 """Reads one parameter of a component by its module name, in the checkpoint's own dtype."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with (tensors written, tensors in all, name) while a graph is written."""
 
 
 class ExportedLinear(nn.Module):
@@ -90,7 +86,7 @@ class _Signature:
     dynamic_axes: dict[str, dict[int, str]]
 
 
-def _image_signature(name: str, config: ModelConfig, dtype: torch.dtype) -> _Signature:
+def _image_signature(name: str, config: ModelConfig) -> _Signature:
     batch = torch.export.Dim("B", min=1)
     vision = config.vision
     if name == "vision_encoder":
@@ -100,20 +96,20 @@ def _image_signature(name: str, config: ModelConfig, dtype: torch.dtype) -> _Sig
         shape = (2, config.image_feature_tokens, vision.hidden_size)
         inputs, outputs = "image_features", "image_embeds"
     axes = {inputs: {0: "B"}, outputs: {0: "B"}}
-    args = (torch.zeros(shape, dtype=dtype),)
+    args = (torch.zeros(shape),)
     return _Signature(args, ({0: batch},), [inputs], [outputs], axes)
 
 
-def _decoder_signature(config: ModelConfig, dtype: torch.dtype) -> _Signature:
+def _decoder_signature(config: ModelConfig) -> _Signature:
     text = config.text
     new = torch.export.Dim("S", min=1)
     seen = torch.export.Dim("T", min=0)
     rows = torch.export.Dim("I", min=1)
     count = 2 * text.num_hidden_layers
     shape = (5, text.num_key_value_heads, text.head_dim)
-    past = [torch.zeros(shape, dtype=dtype) for _ in range(count)]
+    past = [torch.zeros(shape) for _ in range(count)]
     ids = torch.zeros(3, dtype=torch.int32)
-    args = (ids, torch.zeros(7, text.hidden_size, dtype=dtype), past)
+    args = (ids, torch.zeros(7, text.hidden_size), past)
     past_names = cache_names("past_key_values", text.num_hidden_layers)
     present_names = cache_names("present", text.num_hidden_layers)
     axes = {"input_ids": {0: "S"}, "image_embeds": {0: "I"}, "logits": {0: "S"}}
@@ -149,55 +145,52 @@ class CapturedGraph:
     """An ONNX graph whose weights are not read yet.
 
     Attributes:
-        transposed: names of initializers that lie [in, out] here, [out, in] in the checkpoint.
-        buffers: initializers that are computed, not read.
-        tied: initializers that are read under another parameter's name.
+        structure: the model; its weights stand in it as names without values.
+        weights: shapes of these weights, float32 all.
+        transposed: those that lie [in, out] here, [out, in] in the checkpoint.
+        buffers: those that are computed, not read.
+        tied: those that are read under another parameter's name.
     """
 
     name: str
-    model: ir.Model
-    dtype: torch.dtype
+    structure: onnx.ModelProto
+    weights: Mapping[str, tuple[int, ...]]
     transposed: frozenset[str]
     buffers: Mapping[str, Tensor]
     tied: Mapping[str, str]
 
 
-def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
-    """Capture a component as ONNX without touching weights.
+def capture_graph(name: str, config: ModelConfig) -> CapturedGraph:
+    """Capture a component as ONNX, in float32, without touching weights.
 
     Args:
         name: one of ``COMPONENTS``.
-        dtype: ``float32`` or ``float16`` for weights, cache, and image tensors.
 
     Raises:
         MvlmError: PyTorch cannot export the component, or an axis that must be dynamic came
             out fixed.
     """
-    torch_dtype = TORCH_DTYPES[dtype]
-    with _quiet_capture(), FakeTensorMode(allow_non_fake_inputs=True):
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(torch_dtype)
-        try:
+    with _quiet_capture():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             module = build_component(name, config).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(previous)
-        transposed = _replace_linears(module)
-        signature = (
-            _decoder_signature(config, torch_dtype)
-            if name == "decoder"
-            else _image_signature(name, config, torch_dtype)
-        )
-        model = _translate(name, module, signature)
-        for value in model.graph.initializers.values():
-            value.const_value = None
-        onnxscript.optimizer.optimize_ir(model)
-    model.graph.name = name
-    model.producer_name = "mvlm-export"
-    model.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    _assert_dynamic(name, model, signature.dynamic_axes)
+            transposed = _replace_linears(module)
+            signature = (
+                _decoder_signature(config)
+                if name == "decoder"
+                else _image_signature(name, config)
+            )
+            model = _translate(name, module, signature)
+            for value in model.graph.initializers.values():
+                value.const_value = None
+            onnxscript.optimizer.optimize_ir(model)
+        model.graph.name = name
+        model.producer_name = "mvlm-export"
+        model.metadata_props.clear()
+        for node in model.graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+        _assert_dynamic(name, model, signature.dynamic_axes)
+        structure = ir.to_proto(model)
     buffers: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     if name == "decoder":
@@ -205,7 +198,22 @@ def capture_graph(name: str, config: ModelConfig, dtype: str) -> CapturedGraph:
         buffers = {"rotary_cos": cos, "rotary_sin": sin}
         if config.text.tie_word_embeddings:
             tied = {"lm_head.weight": "model.embed_tokens.weight"}
-    return CapturedGraph(name, model, torch_dtype, frozenset(transposed), buffers, tied)
+    weights = _unbound_shapes(name, model)
+    return CapturedGraph(name, structure, weights, frozenset(transposed), buffers, tied)
+
+
+def _unbound_shapes(name: str, model: ir.Model) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            continue
+        if value.shape is None or value.dtype is not ir.DataType.FLOAT:
+            raise MvlmError(
+                f"{name}: the exporter left the shape or dtype of {value.name} open. "
+                "Install the torch, onnx and onnxscript versions of the lock file."
+            )
+        shapes[str(value.name)] = tuple(int(axis) for axis in value.shape)
+    return shapes
 
 
 def _translate(name: str, module: nn.Module, signature: _Signature) -> ir.Model:
@@ -262,54 +270,23 @@ def _assert_dynamic(name: str, model: ir.Model, axes: dict[str, dict[int, str]])
                 )
 
 
-def _to_array(tensor: Tensor, captured: CapturedGraph, name: str) -> np.ndarray:
-    wide = tensor.t() if name in captured.transposed else tensor
-    cast = wide.to(captured.dtype).contiguous()
-    if captured.dtype is torch.float16 and not bool(torch.isfinite(cast).all()):
-        raise CheckpointError(
-            f"{name}: a weight is beyond float16's range (65504) or not finite. "
-            "Compile with --recipe fp32, or repair the checkpoint."
-        )
-    return cast.numpy()
+def bind_weights(captured: CapturedGraph, source: WeightSource) -> gs.Graph:
+    """The graph with a deferred read for each weight: float32, transposed on the fly."""
+    graph = import_graph(captured.structure)
+    for name, shape in captured.weights.items():
 
-
-def bind_weights(
-    captured: CapturedGraph, source: WeightSource, progress: Progress | None = None
-) -> None:
-    """Give every unbound initializer a deferred read, transposed and cast on the fly."""
-    unbound = [
-        (str(value.name), value)
-        for value in captured.model.graph.initializers.values()
-        if value.const_value is None
-    ]
-    done = 0
-
-    def make_reader(name: str, dtype: ir.DataType) -> Callable[[], ir.Tensor]:
-        def read() -> ir.Tensor:
-            nonlocal done
+        def read(name: str = name) -> Array:
             if name in captured.buffers:
-                array = captured.buffers[name].numpy()
-            else:
-                array = _to_array(source(captured.tied.get(name, name)), captured, name)
-            done += 1
-            if progress is not None:
-                progress(done, len(unbound), name)
-            return ir.Tensor(array, dtype=dtype, name=name)
+                return captured.buffers[name].numpy()
+            tensor = source(captured.tied.get(name, name))
+            wide = tensor.t() if name in captured.transposed else tensor
+            return wide.float().contiguous().numpy()
 
-        return read
-
-    for name, value in unbound:
-        if value.shape is None or value.dtype is None:
-            raise MvlmError(
-                f"{captured.name}: the exporter left the shape or dtype of {name} open. "
-                "Install the torch and onnxscript versions of the lock file."
-            )
-        value.const_value = ir.LazyTensor(
-            make_reader(name, value.dtype), dtype=value.dtype, shape=value.shape, name=name
-        )
+        bind_weight(graph, name, DeferredValues(shape, np.float32, read))
+    return graph
 
 
-def write_graph(captured: CapturedGraph, folder: Path) -> Path:
+def write_graph(graph: gs.Graph, folder: Path, progress: Progress | None = None) -> Path:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` and check them.
 
     Raises:
@@ -317,19 +294,12 @@ def write_graph(captured: CapturedGraph, folder: Path) -> Path:
             be written.
     """
     path = folder / MODEL_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ir.save(captured.model, path, external_data=DATA_FILE, size_threshold_bytes=256)
-    except OSError as error:
-        raise MvlmError(
-            f"{captured.name}: {path} cannot be written ({error}). Make "
-            "room on the disk, or choose another --output."
-        ) from error
+    save_graph(graph, path, progress)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise MvlmError(
-            f"{captured.name}: the exported graph is not valid ONNX: {error} Install the "
+            f"{graph.name}: the graph is not valid ONNX: {error} Install the "
             "torch, onnx and onnxscript versions of the lock file; if it stays, report it "
             "with the checkpoint's config.json."
         ) from error
@@ -339,12 +309,9 @@ def write_graph(captured: CapturedGraph, folder: Path) -> Path:
 def export_graph(
     name: str,
     config: ModelConfig,
-    dtype: str,
     source: WeightSource,
     folder: Path,
     progress: Progress | None = None,
 ) -> Path:
-    """Capture, bind and write one component; the path of its ``model.onnx``."""
-    captured = capture_graph(name, config, dtype)
-    bind_weights(captured, source, progress)
-    return write_graph(captured, folder)
+    """Capture, bind and write one component as it is; the path of its ``model.onnx``."""
+    return write_graph(bind_weights(capture_graph(name, config), source), folder, progress)

@@ -18,6 +18,11 @@ import numpy.typing as npt
 from mvlm_export.calibration.data import Sample
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError
+from mvlm_export.engines.image_processor import (
+    ImageProcessorConfig,
+    encoder_input,
+    normalize,
+)
 from mvlm_export.engines.ort_api import import_onnxruntime
 from mvlm_export.engines.sampling import SamplingParams
 from mvlm_export.engines.tokenizer import LlamaTokenizer
@@ -27,7 +32,7 @@ from .parity_answers import judge_answer, record_verdict, score_answers
 from .parity_cases import Case, pixels_of, prepare_cases
 from .parity_decoder import TokenFigures, forced_steps, measure
 from .parity_report import EndToEndParity, GraphParity, ParityReport, Verdict
-from .parity_session import GraphRunner
+from .parity_session import DecoderRunner, GraphRunner
 from .parity_spool import Spool, open_spool
 from .reference import ReferenceModel, torch_threads
 from .tolerances import TOLERANCES
@@ -84,6 +89,7 @@ class ParityCheck:
         self.listener = listener
         self.threads = threads
         self.model = model = bundle.manifest.model
+        self._image_config = ImageProcessorConfig.from_json(model.image_processor)
         self._params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         self._tokenizer = LlamaTokenizer.from_folder(bundle.tokenizer_path)
         limits = (model.max_positions, reference.config.text.max_position_embeddings)
@@ -123,7 +129,8 @@ class ParityCheck:
         for case in self._each_case("Running PyTorch's vision encoder", "vision_encoder"):
             pixels = pixels_of(case.sample, self.model)
             spool.write("pixels", case.index, pixels)
-            spool.write("features", case.index, self.reference.image_features(pixels))
+            features = self.reference.image_features(normalize(pixels, self._image_config))
+            spool.write("features", case.index, features)
         self.reference.release()
         for case in self._each_case("Running PyTorch's projector", "projector"):
             features = spool.read("features", case.index)
@@ -137,7 +144,10 @@ class ParityCheck:
         cases = self._each_case(f"Comparing {name} with PyTorch", name)
         with GraphRunner(self.bundle, name, self.threads) as runner:
             for case in cases:
-                found = runner.run(spool.read(inputs, case.index))[0]
+                values = spool.read(inputs, case.index)
+                if name == "vision_encoder":
+                    values = encoder_input(values, self._image_config, runner.input_dtype)
+                found = runner.run(values)[0]
                 wanted = spool.read(outputs, case.index)
                 parity.values = parity.values.worst(measure(name, found, wanted))
         parity.check("outputs", parity.values, TOLERANCES[parity.dtype])
@@ -160,7 +170,7 @@ class ParityCheck:
         bound = TOLERANCES[parity.dtype]
         figures = TokenFigures(bound.tie)
         cases = self._each_case("Comparing decoder with PyTorch, teacher-forced", "decoder")
-        with GraphRunner(self.bundle, "decoder", self.threads) as runner:
+        with DecoderRunner(self.bundle, self.threads) as runner:
             for case in cases:
                 self._force_case(runner, case, answers[case.index], figures, spool)
         parity.values, parity.cache = figures.logits, figures.cache
@@ -171,7 +181,7 @@ class ParityCheck:
 
     def _force_case(
         self,
-        runner: GraphRunner,
+        runner: DecoderRunner,
         case: Case,
         answer: list[int],
         figures: TokenFigures,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mvlm_export.calibration.data import Sample
 from mvlm_export.engines.errors import InputError
-from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess
+from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess_uint8
 from mvlm_export.engines.manifest import ModelSpec
 from mvlm_export.engines.prompt import Conversation, get_template, tokenize_prompt
 from mvlm_export.engines.tokenizer import LlamaTokenizer
@@ -88,6 +88,7 @@ def _prepare(
     return Case(index, sample, prompt.ids, min(max_tokens, room))
 
 
-def pixels_of(sample: Sample, model: ModelSpec) -> npt.NDArray[np.float32]:
-    """Read a sample's picture: float32 [1, 3, S, S]."""
-    return preprocess(sample.image, ImageProcessorConfig.from_json(model.image_processor))
+def pixels_of(sample: Sample, model: ModelSpec) -> npt.NDArray[np.uint8]:
+    """Read a sample's picture, resized and not normalised: uint8 [1, 3, S, S]."""
+    config = ImageProcessorConfig.from_json(model.image_processor)
+    return preprocess_uint8(sample.image, config)

@@ -322,11 +322,6 @@ def scan_values(
     return largest
 
 
-def find_fp16_overflow(largest: Mapping[str, float]) -> dict[str, float]:
-    """Those of ``scan_values``'s tensors that do not fit float16 (magnitude over 65504)."""
-    return {name: value for name, value in largest.items() if value > FLOAT16_MAX}
-
-
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     cast = tensor.to(dtype)
     if tensor.dtype != dtype and not _finite_range(cast)[1]:

@@ -43,6 +43,10 @@ class CompileSettings:
         parity: compare with PyTorch when done.
         samples: pictures and questions to compare on; None for those of the package.
         threads: threads of the comparison; None for all cores.
+        disabled_passes: passes to leave out.
+        enabled_passes: optional passes to run.
+        dump_dir: gets each graph after each pass.
+        verify_passes: run each graph before and after each pass, and bound the change.
     """
 
     output: Path | None = None
@@ -58,6 +62,10 @@ class CompileSettings:
     parity: bool = True
     samples: Path | None = None
     threads: int | None = None
+    disabled_passes: tuple[str, ...] = ()
+    enabled_passes: tuple[str, ...] = ()
+    dump_dir: Path | None = None
+    verify_passes: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,10 @@ class ResolvedSettings:
             "parity": given.parity,
             "samples": str(self.samples),
             "threads": given.threads,
+            "disabled_passes": ", ".join(given.disabled_passes) or None,
+            "enabled_passes": ", ".join(given.enabled_passes) or None,
+            "dump_dir": None if given.dump_dir is None else str(given.dump_dir),
+            "verify_passes": given.verify_passes,
         }
 
 

@@ -27,6 +27,7 @@ DEVICE = {"numpy", "PIL", "sentencepiece", "click", "rich"}
 LAZY_DEVICE = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 GRAPHS = {
     "numpy",
+    "ml_dtypes",
     "onnx",
     "onnx_ir",
     "onnx_graphsurgeon",

@@ -42,6 +42,7 @@ def chat(
     threads: int | None,
     provider: str | None,
     verify: bool,
+    use_prefix: bool,
     **sampling: Any,
 ) -> None:
     """Talk about pictures; the past is kept and never computed twice."""
@@ -50,7 +51,9 @@ def chat(
     params = SamplingParams(**sampling)
     for path in images:
         load_image(path)
-    vlm = VLM.load(bundle, provider=provider, threads=threads, verify=verify)
+    vlm = VLM.load(
+        bundle, provider=provider, threads=threads, verify=verify, use_prefix=use_prefix
+    )
     click.echo(HELP, err=True)
     talk(vlm.chat(), list(images), params)
 

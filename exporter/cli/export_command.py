@@ -80,6 +80,31 @@ Examples:
     "built here.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the comparison.")
+@click.option(
+    "--disable-pass",
+    "disabled_passes",
+    multiple=True,
+    metavar="NAME",
+    help="Leave a graph pass out; may be given again. docs/passes.md lists them.",
+)
+@click.option(
+    "--enable-pass",
+    "enabled_passes",
+    multiple=True,
+    metavar="NAME",
+    help="Run an optional graph pass; may be given again.",
+)
+@click.option(
+    "--dump-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write every graph after every pass that changed it, without weights.",
+)
+@click.option(
+    "--verify-passes",
+    is_flag=True,
+    help="Run every graph before and after every pass in ONNX Runtime, and fail where the "
+    "numbers change beyond rounding. Takes twice the model's float32 size in memory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def export(as_json: bool, **options: Any) -> None:
     """Compile a MobileVLM checkpoint into a bundle of graphs and engines."""

@@ -45,6 +45,7 @@ def run(
     threads: int | None,
     provider: str | None,
     verify: bool,
+    use_prefix: bool,
     stream: bool,
     as_json: bool,
     **sampling: Any,
@@ -53,7 +54,9 @@ def run(
     from mvlm_export.engines import VLM, SamplingParams
 
     params = SamplingParams(**sampling)
-    vlm = VLM.load(bundle, provider=provider, threads=threads, verify=verify)
+    vlm = VLM.load(
+        bundle, provider=provider, threads=threads, verify=verify, use_prefix=use_prefix
+    )
     running = vlm.stream(list(images), prompt, params)
     for delta in running:
         if stream and not as_json:

@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from mvlm_export.engines.generation import Answer
+    from mvlm_export.engines.timings import Timings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -40,6 +41,13 @@ _LOADING = (
         show_default=True,
         help="Check the bundle's hashes first.",
     ),
+    click.option(
+        "--prefix/--no-prefix",
+        "use_prefix",
+        default=True,
+        show_default=True,
+        help="Begin with the cache rows of the prompt's constant prefix, if it ships them.",
+    ),
 )
 
 
@@ -58,12 +66,26 @@ def loading_options(command: Command) -> Command:
 
 
 def timing_line(answer: Answer) -> str:
-    """Seconds of each phase in one line."""
+    """Seconds of each phase, and what did not have to be run, in one line."""
     t = answer.timings
+    reused = ""
+    if t.images_reused:
+        reused = f" ({t.images_reused} of {t.images} image(s) known from before)"
     return (
         f"[{answer.finish_reason}] load {t.load:.2f} s, "
         f"preprocess {t.preprocess * 1e3:.1f} ms, vision {t.vision * 1e3:.1f} ms, "
-        f"projector {t.projector * 1e3:.1f} ms, prefill {t.prefill * 1e3:.1f} ms "
-        f"({t.prefill_tokens} tokens), first token {t.time_to_first_token * 1e3:.1f} ms, "
+        f"projector {t.projector * 1e3:.1f} ms{reused}, "
+        f"prefill {t.prefill * 1e3:.1f} ms ({_prefill_counts(t)}), "
+        f"first token {t.time_to_first_token * 1e3:.1f} ms, "
         f"decode {t.decode_tokens_per_second:.1f} tokens/s ({t.decode_tokens} tokens)"
     )
+
+
+def _prefill_counts(t: Timings) -> str:
+    """``12 tokens, 38 saved: 35 by the shipped prompt prefix``."""
+    text = f"{t.prefill_tokens} tokens"
+    if t.cached_tokens:
+        text += f", {t.cached_tokens} saved"
+    if t.prefix_tokens:
+        text += f": {t.prefix_tokens} by the shipped prompt prefix"
+    return text

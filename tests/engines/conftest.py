@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ from mvlm_export.exporter.assemble import graph_spec, model_spec
 from mvlm_export.exporter.config import ModelConfig, TextConfig, VisionConfig
 from mvlm_export.exporter.graphs import export_graph
 from mvlm_export.exporter.models.components import COMPONENTS, build_component
+from mvlm_export.passes.lowering.use_tensor_scatter import UseTensorScatter
 
+from .bundles import add_next_token, derive_bundle
 from .tokenizer_files import write_tokenizer
 
 CONFIG = ModelConfig(
@@ -97,18 +100,18 @@ def random_modules(config: ModelConfig) -> dict[str, nn.Module]:
     return modules
 
 
-def build(config: ModelConfig, path: Path, dtype: str) -> TinyModel:
+def build(config: ModelConfig, path: Path) -> TinyModel:
     modules = random_modules(config)
     with BundleWriter(path) as writer:
         graphs = {}
         for name in COMPONENTS:
             weights = dict(modules[name].named_parameters())
-            export_graph(name, config, dtype, weights.__getitem__, writer.folder / name)
-            graphs[name] = graph_spec(writer.folder, name, dtype)
+            export_graph(name, config, weights.__getitem__, writer.folder / name)
+            graphs[name] = graph_spec(writer.folder, name, "float32")
         write_tokenizer(writer.folder / TOKENIZER)
         processor = ImageProcessorConfig(config.vision.image_size)
         model = model_spec("tiny", config, processor, "v1")
-        writer.seal(Manifest(model, "cpu", dtype, graphs))
+        writer.seal(Manifest(model, "cpu", "fp32", graphs))
         writer.commit()
     return TinyModel(config, modules, path)
 
@@ -116,14 +119,40 @@ def build(config: ModelConfig, path: Path, dtype: str) -> TinyModel:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Float32, 4 heads over 2 KV heads, 4 rows an image, 512 positions."""
-    return build(CONFIG, tmp_path_factory.mktemp("tiny") / "bundle", "float32")
+    return build(CONFIG, tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture(scope="session")
 def tiny_half(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Float16, as many KV heads as heads."""
+    module = pytest.importorskip("mvlm_export.passes.lowering.convert_to_float16")
     config = replace(CONFIG, text=replace(CONFIG.text, num_key_value_heads=4))
-    return build(config, tmp_path_factory.mktemp("half") / "bundle", "float16")
+    folder = tmp_path_factory.mktemp("half")
+    wide = build(config, folder / "wide")
+    edits = dict.fromkeys(COMPONENTS, module.ConvertToFloat16(["logits"]).apply)
+    path = derive_bundle(wide.path, folder / "bundle", edits, "float16", prefix=True)
+    return replace(wide, path=path)
+
+
+@pytest.fixture(scope="session")
+def tiny_prefix(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """The tiny bundle with its prompt prefix."""
+    path = tmp_path_factory.mktemp("prefix") / "bundle"
+    return replace(tiny, path=derive_bundle(tiny.path, path, prefix=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_fixed(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """The tiny bundle with a fixed cache, a prompt prefix and the choice in the graph."""
+    path = tmp_path_factory.mktemp("fixed") / "bundle"
+
+    def edit(graph: gs.Graph) -> None:
+        UseTensorScatter(CONFIG.text.max_position_embeddings).apply(graph)
+        add_next_token(graph)
+
+    edits = {"decoder": edit}
+    derived = derive_bundle(tiny.path, path, edits, prefix=True, kv_form="fixed")
+    return replace(tiny, path=derived)
 
 
 @pytest.fixture(scope="session")

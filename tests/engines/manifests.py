@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mvlm_export.engines.image_processor import ImageProcessorConfig
+from mvlm_export.engines.kv_cache import KvForm
 from mvlm_export.engines.manifest import (
     GRAPHS,
     GraphSpec,
@@ -33,6 +34,7 @@ _SHAPES: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "pixel_values": ("float32", ("B", 3, 16, 16)),
     "image_features": ("float32", ("B", 16, 6)),
     "input_ids": ("int32", ("S",)),
+    "past_length": ("int64", (1,)),
     "logits": ("float32", ("S", MODEL.vocab_size)),
 }
 
@@ -47,15 +49,15 @@ def _tensor(name: str, graph: str) -> TensorSpec:
     return TensorSpec(name, *_SHAPES.get(name, cache))
 
 
-def _graph(name: str) -> GraphSpec:
+def _graph(name: str, kv_form: KvForm) -> GraphSpec:
     inputs, outputs = (
         tuple(_tensor(tensor, name) for tensor in names)
-        for names in graph_tensors(name, MODEL.num_layers)
+        for names in graph_tensors(name, MODEL.num_layers, kv_form)
     )
     return GraphSpec(f"{name}/model.onnx", "float32", inputs, outputs)
 
 
 def tiny_manifest(**changes: Any) -> Manifest:
     """Three graphs of a model of two layers for ``cpu``; ``changes`` are its fields."""
-    graphs = {name: _graph(name) for name in GRAPHS}
+    graphs = {name: _graph(name, changes.get("kv_form", "append")) for name in GRAPHS}
     return replace(Manifest(MODEL, "cpu", "fp32", graphs), **changes)

@@ -16,6 +16,8 @@ from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError, InputError
 from mvlm_export.engines.generation import StopScanner
 from mvlm_export.engines.kv_cache import CacheShape, HostKvCache, KvCache
+from mvlm_export.engines.ort_session import OrtBackend
+from mvlm_export.engines.session import BackendOptions
 from mvlm_export.engines.vlm import VLM
 
 from .conftest import CONFIG, TinyModel
@@ -32,6 +34,8 @@ class ScriptedDecoder:
     def __init__(self, script: Callable[[list[int]], int]) -> None:
         self.script = script
         self.calls: list[list[int]] = []
+
+    chooses_greedily = False
 
     def new_cache(self) -> KvCache:
         return HostKvCache(FAKE_SHAPE)
@@ -211,9 +215,9 @@ def test_a_closed_stream_leaves_everything_usable(tiny: TinyModel) -> None:
     assert (answer.text, answer.finish_reason) == (shown, "interrupted")
     assert ANSWER.startswith(shown)
     assert list(stream) == []
-    assert len(vlm._free) == 1
+    assert len(vlm._states.free) == 1
     assert vlm.generate(None, QUESTION).text == ANSWER
-    assert len(vlm._free) == 1
+    assert len(vlm._states.free) == 1
 
 
 def test_a_stream_that_was_not_started_has_no_answer(tiny: TinyModel) -> None:
@@ -276,8 +280,8 @@ def test_numbers_that_are_not_finite_are_an_error_and_the_turn_is_forgotten(
     assert vlm.generate(None, QUESTION).text == ANSWER
 
 
-def test_a_projector_of_another_size(tiny: TinyModel) -> None:
-    vlm, _ = scripted(tiny, [ANSWER])
-    vlm.model = replace(vlm.model, image_tokens=9)
+def test_a_projector_of_another_size(altered: Callable[..., Bundle]) -> None:
+    bundle = altered({"image_tokens": 9})
+    vlm = VLM(bundle, OrtBackend(bundle, BackendOptions(threads=1)))
     with pytest.raises(EngineError, match="gave 4 rows for an image, but the manifest says 9"):
         vlm.generate(PICTURES[0], QUESTION)

@@ -12,6 +12,7 @@ from PIL import Image
 from mvlm_export.engines.errors import BundleError, CheckpointError, InputError
 from mvlm_export.engines.image_processor import (
     ImageProcessorConfig,
+    encoder_input,
     normalize,
     preprocess,
     preprocess_uint8,
@@ -78,6 +79,22 @@ class TestEqualsTransformers:
         np.testing.assert_array_equal(
             normalize(pixels, config), preprocess(picture(50, 31), config)
         )
+
+    def test_the_encoders_input_is_raw_or_normalised(self) -> None:
+        config = ImageProcessorConfig(image_size=40, image_std=(0.2, 0.3, 0.4))
+        pixels = preprocess_uint8(picture(50, 31), config)
+        raw = encoder_input(pixels, config, "uint8")
+        assert raw.dtype == np.uint8
+        mean, std = (
+            np.array(values, np.float32).reshape(1, 3, 1, 1)
+            for values in (config.image_mean, config.image_std)
+        )
+        by_hand = (raw.astype(np.float32) / np.float32(255) - mean) / std
+        for dtype in ("float32", "float16"):
+            normalised = encoder_input(pixels, config, dtype)
+            assert normalised.dtype == np.float32
+            np.testing.assert_array_equal(normalised, preprocess(picture(50, 31), config))
+            np.testing.assert_allclose(by_hand, normalised, rtol=1e-6, atol=1e-6)
 
     def test_bars_have_the_mean_colour(self) -> None:
         config = ImageProcessorConfig(image_size=4)

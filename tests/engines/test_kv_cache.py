@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,18 @@ from mvlm_export.engines.errors import EngineError, MvlmError
 from mvlm_export.engines.kv_cache import CacheShape, HostKvCache, KvCache, cache_names
 
 SHAPE = CacheShape(layers=2, heads=3, head_dim=4, capacity=10, dtype="float32")
+FIXED = replace(SHAPE, form="fixed")
+BOTH = pytest.mark.parametrize("shape", [SHAPE, FIXED], ids=["append", "fixed"])
+
+
+class BorrowedKvCache(KvCache):
+    """A cache that knows addresses alone."""
+
+    def read_rows(self, tensor: int, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def write_rows(self, tensor: int, start: int, rows: np.ndarray) -> None:
+        raise NotImplementedError
 
 
 def address(array: np.ndarray) -> int:
@@ -66,14 +79,16 @@ def test_buffers_of_tensors_do_not_overlap() -> None:
     assert all(b - a >= size for a, b in pairwise(starts))
 
 
-def test_truncate_keeps_the_first_rows_and_reuses_the_rest() -> None:
-    cache = HostKvCache(SHAPE)
+@BOTH
+def test_truncate_keeps_the_first_rows_and_reuses_the_rest(shape: CacheShape) -> None:
+    cache = HostKvCache(shape)
     cache.new(0, 6)[...] = np.arange(6).reshape(6, 1, 1)
     cache.advance(6)
     before = cache.past_address(0)
     cache.truncate(2)
     assert cache.past(0)[:, 0, 0].tolist() == [0, 1]
-    assert cache.new_address(0) == before + 2 * SHAPE.row_bytes
+    offset = 2 * SHAPE.row_bytes if shape is SHAPE else 0
+    assert cache.new_address(0) == before + offset
     cache.new(0, 1)[...] = 9
     cache.advance(1)
     assert cache.past(0)[:, 0, 0].tolist() == [0, 1, 9]
@@ -108,8 +123,72 @@ def test_truncate_cannot_grow(length: int) -> None:
 def test_any_memory_serves() -> None:
     """What TensorRT does: addresses of its own allocation, and no array."""
     memory = [np.zeros(SHAPE.rows(10), np.float32) for _ in range(4)]
-    cache = KvCache(SHAPE, [address(array) for array in memory], memory)
+    cache = BorrowedKvCache(SHAPE, [address(array) for array in memory], memory)
     cache.advance(3)
     assert cache.new_address(2) == address(memory[2][3:])
     with pytest.raises(EngineError, match="needs 4 buffers, but 3 were given"):
-        KvCache(SHAPE, [1, 2, 3], None)
+        BorrowedKvCache(SHAPE, [1, 2, 3], None)
+
+
+def test_shapes_to_bind() -> None:
+    append, fixed = HostKvCache(SHAPE), HostKvCache(FIXED)
+    for cache in (append, fixed):
+        cache.advance(4)
+    assert (append.past_shape, append.new_shape(2)) == ((4, 3, 4), (2, 3, 4))
+    assert fixed.past_shape == fixed.new_shape(2) == FIXED.buffer == (1, 3, 10, 4)
+    assert fixed.new_address(1) == fixed.past_address(1)
+
+
+def test_a_fixed_cache_is_head_major_in_memory() -> None:
+    """What the graph sees at the address: heads, then positions."""
+    cache = HostKvCache(FIXED)
+    rows = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    cache.write_rows(2, 5, rows)
+    memory = cache._memory[2]
+    assert memory.shape == (1, 3, 10, 4)
+    assert address(memory) == cache.past_address(2)
+    np.testing.assert_array_equal(memory[0, :, 5:7], rows.transpose(1, 0, 2))
+    assert np.count_nonzero(memory) == np.count_nonzero(rows)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_read_back_as_they_were_written(shape: CacheShape, dtype: str) -> None:
+    cache = HostKvCache(replace(shape, dtype=dtype))
+    rows = np.random.default_rng(3).normal(size=(4, 10, 3, 4)).astype(dtype)
+    for tensor in range(4):
+        cache.write_rows(tensor, 0, rows[tensor, :3])
+        cache.write_rows(tensor, 3, rows[tensor, 3:])
+    assert cache.length == 0
+    cache.advance(10)
+    for tensor in range(4):
+        np.testing.assert_array_equal(cache.past(tensor), rows[tensor])
+        found = cache.read_rows(tensor, 2, 7)
+        np.testing.assert_array_equal(found, rows[tensor, 2:7])
+        found[...] = 0
+        np.testing.assert_array_equal(cache.past(tensor), rows[tensor])
+
+
+@BOTH
+def test_rows_that_do_not_fit_are_refused(shape: CacheShape) -> None:
+    cache = HostKvCache(shape)
+    cache.advance(4)
+    with pytest.raises(EngineError, match=r"Rows 2 to 5 .* but it holds 4"):
+        cache.read_rows(0, 2, 5)
+    wrong = [(8, (3, 3, 4), "float32"), (-1, (3, 3, 4), "float32"), (0, (3, 4, 3), "float32")]
+    for start, size, dtype in [*wrong, (0, (3, 3, 4), "float16")]:
+        with pytest.raises(EngineError, match=f"of {dtype} do not fit at position {start}"):
+            cache.write_rows(0, start, np.zeros(size, dtype))
+
+
+def test_a_fixed_cache_never_holds_what_masking_lets_pass() -> None:
+    cache = HostKvCache(FIXED)
+    assert not np.any(cache._memory[0])
+    for tensor in range(4):
+        cache.new(tensor, 10)[...] = np.nan
+        cache.write_rows(tensor, 0, np.ones((3, 3, 4), np.float32))
+    cache.advance(3)
+    cache.clear_behind()
+    for array in cache._memory:
+        np.testing.assert_array_equal(array[0, :, :3], 1)
+        np.testing.assert_array_equal(array[0, :, 3:], 0)

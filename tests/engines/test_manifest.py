@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mvlm_export.engines.errors import BundleError
-from mvlm_export.engines.manifest import GRAPHS, Manifest
+from mvlm_export.engines.manifest import GRAPHS, Manifest, TensorSpec
 
 from .manifests import tiny_manifest
 
@@ -52,7 +52,11 @@ def paths(value, path=()):
         yield from paths(item, (*path, key))
 
 
-@pytest.mark.parametrize("manifest", [tiny_manifest(), full_manifest()], ids=["bare", "full"])
+@pytest.mark.parametrize(
+    "manifest",
+    [tiny_manifest(), full_manifest(), full_manifest(kv_form="fixed")],
+    ids=["bare", "full", "fixed"],
+)
 def test_reads_back_what_was_written(manifest):
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
     assert Manifest.from_json(manifest.to_json()) == manifest
@@ -114,6 +118,10 @@ WRONG = [
     ("target", [], r"target is \[\]"),
     ("recipe", None, "recipe is None"),
     ("kv_form", 1, "kv_form is 1"),
+    ("kv_form", "ring", "kv_form is 'ring', but one of append, fixed"),
+    ("kv_form", "fixed", r"graphs\.decoder\.inputs .*different: past_length"),
+    ("graphs/vision_encoder/inputs/0/dtype", "int8", r"pixel_values\.dtype is 'int8'"),
+    ("graphs/decoder/inputs/2/dtype", "uint8", r"past_key_values\.0\.key\.dtype is 'uint8'"),
     ("jetpack", "6", "jetpack is '6'"),
     ("tools", {"torch": 2}, r"tools\.torch is 2"),
     ("checks", [], r"checks is \[\]"),
@@ -164,3 +172,35 @@ def test_no_value_anywhere_is_a_traceback():
             else:
                 hash(manifest.model.stop_ids), hash(manifest.graphs["decoder"])
     assert refused > 8 * len(every)
+
+
+def test_a_fixed_cache_needs_its_length():
+    data = full_manifest(kv_form="fixed").to_json()
+    data["kv_form"] = "append"
+    with pytest.raises(BundleError, match=r"graphs\.decoder\.inputs .*different: past_length"):
+        Manifest.from_json(data)
+
+
+def test_the_decoder_alone_may_choose_the_next_token():
+    token = {"name": "next_token", "dtype": "int64", "shape": [1]}
+    data = whole()
+    data["graphs"]["decoder"]["outputs"].append(token)
+    decoder = Manifest.from_json(data).graphs["decoder"]
+    assert decoder.outputs[-1] == TensorSpec("next_token", "int64", (1,))
+    data["graphs"]["decoder"]["outputs"].append(token)
+    with pytest.raises(BundleError, match="next_token once at most"):
+        Manifest.from_json(data)
+    data = whole()
+    data["graphs"]["projector"]["outputs"].append(token)
+    with pytest.raises(BundleError, match=r"projector\.outputs .*different: next_token"):
+        Manifest.from_json(data)
+
+
+def test_what_the_runtime_chooses_by():
+    manifest = Manifest.from_json(damaged("graphs/vision_encoder/inputs/0/dtype", "uint8"))
+    assert (manifest.pixel_dtype, full_manifest().pixel_dtype) == ("uint8", "float32")
+    data = whole()
+    for tensor in data["graphs"]["decoder"]["inputs"][2:]:
+        tensor["dtype"] = "float16"
+    assert Manifest.from_json(data).cache_dtype == "float16"
+    assert full_manifest().cache_dtype == "float32"

@@ -26,7 +26,7 @@ from mvlm_export.engines.errors import (
     MissingPackageError,
 )
 from mvlm_export.engines.kv_cache import HostKvCache
-from mvlm_export.engines.ort_session import OrtBackend, OrtDecoder, device_cache
+from mvlm_export.engines.ort_session import OrtBackend, OrtDecoder, OrtKvCache
 from mvlm_export.engines.session import BackendOptions
 
 from .conftest import TinyModel
@@ -171,7 +171,7 @@ def test_logits_are_the_callers_own(decoder: OrtDecoder, embeds: np.ndarray) -> 
 def test_device_memory_behaves_as_host_memory(decoder: OrtDecoder, embeds: np.ndarray) -> None:
     """The cache that CUDA gets, allocated by ONNX Runtime, here on the CPU device."""
     host = host_cache(decoder)
-    device = device_cache(onnxruntime, host.shape, "cpu")
+    device = OrtKvCache(onnxruntime, host.shape, "cpu")
     for start, stop in ((0, 5), (5, 6), (6, 8)):
         expected = decoder.append(host, IDS[start:stop], embeds)
         found = decoder.append(device, IDS[start:stop], embeds)

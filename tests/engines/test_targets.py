@@ -39,6 +39,14 @@ def test_jetpack_decides_tensorrt_and_operators():
     assert seven.title.count("JetPack") == 1
 
 
+def test_cache_form_is_the_one_that_the_runtime_has_an_operator_for():
+    fixed = {name for name, target in TARGETS.items() if target.kv_form == "fixed"}
+    assert fixed == {"cpu"}
+    for name in ("orin", "orin-nx", "orin-nano"):
+        assert get_target(name, jetpack=7).kv_form == "fixed"
+        assert get_target(name, jetpack=6).kv_form == "append"
+
+
 def test_no_orin_type_list_has_fp8_and_none_lacks_int4():
     for target in TARGETS.values():
         assert not any(dtype.startswith("FLOAT8") for dtype in target.dtypes)

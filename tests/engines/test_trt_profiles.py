@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from mvlm_export.engines.errors import InputError
-from mvlm_export.engines.trt_profiles import ProfileSpec, decoder_profiles, vision_profiles
+from mvlm_export.engines.build import graph_profiles
+from mvlm_export.engines.errors import EngineError, InputError
+from mvlm_export.engines.trt_profiles import (
+    NetworkInput,
+    ProfileSpec,
+    decoder_profiles,
+    map_profile,
+    vision_profiles,
+)
 
+from .manifests import MODEL
 from .trt_graphs import message_of, save_append_attention, save_relu
 
 
@@ -50,6 +58,30 @@ def test_decoder_profiles_by_weight_kind():
     assert decoder_profiles(2048, 144, "int8")[1].dims["S"] == (1, 1, 2)
     assert decoder_profiles(2048, 144, "int4")[1].dims["S"] == (1, 1, 1)
     assert decoder_profiles(2, 1, "fp32")[0].dims["S"] == (1, 2, 2)
+
+
+def test_a_fixed_cache_has_no_range_of_past_tokens():
+    """Its tensors are of a fixed size, and past_length is a value."""
+    profiles = decoder_profiles(2048, 144, "fp16", kv_form="fixed")
+    assert [profile.name for profile in profiles] == ["prefill", "decode"]
+    assert profiles[0].dims == {"S": (1, 256, 2048), "I": (1, 144, 144)}
+    assert profiles[1].dims == {"S": (1, 1, 2), "I": (1, 144, 144)}
+    inputs = [
+        NetworkInput("input_ids", (-1,), ("S",)),
+        NetworkInput("image_embeds", (-1, 8), ("I", None)),
+        NetworkInput("past_length", (1,), (None,)),
+        NetworkInput("past_key_values.0.key", (1, 2, 2048, 4), (None,) * 4),
+    ]
+    for profile in profiles:
+        assert set(map_profile(inputs, profile)) == {"input_ids", "image_embeds"}
+    with pytest.raises(EngineError, match="gives ranges for 'T', but"):
+        map_profile(inputs, decoder_profiles(2048, 144, "fp16")[0])
+
+
+def test_profiles_of_a_bundle_follow_its_cache_form():
+    for form, dims in (("append", {"S", "T", "I"}), ("fixed", {"S", "I"})):
+        decoder = graph_profiles(MODEL, "float16", form)["decoder"]
+        assert all(set(profile.dims) == dims for profile in decoder)
 
 
 def test_vision_profiles_and_impossible_sizes():

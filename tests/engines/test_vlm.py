@@ -9,10 +9,11 @@ import pytest
 
 import mvlm_export.engines
 from mvlm_export.engines.errors import BundleError, InputError
-from mvlm_export.engines.generation import AnswerStream, PhaseClock
+from mvlm_export.engines.generation import AnswerStream
 from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess
 from mvlm_export.engines.kv_cache import HostKvCache
 from mvlm_export.engines.sampling import SamplingParams
+from mvlm_export.engines.timings import PhaseClock
 from mvlm_export.engines.vlm import VLM
 
 from .conftest import TinyModel
@@ -59,7 +60,7 @@ def test_marks_place_the_pictures(tiny: TinyModel, vlm: VLM) -> None:
 def test_cache_rows_are_those_of_the_whole_run(tiny: TinyModel, vlm: VLM) -> None:
     prompt = vlm.tokenize(vlm.conversation().ask(QUESTION, 1))
     answer = vlm.generate(PICTURES[0], QUESTION, max_tokens=6)
-    state = vlm._free[-1]
+    state = vlm._states.free[-1]
     sequence = np.concatenate([prompt.ids, answer.ids[:-1]]).astype(np.int32)
     np.testing.assert_array_equal(state.ids, sequence)
     _, *rows = tiny.full_run(sequence, embed(tiny, PICTURES[:1]))
@@ -115,7 +116,8 @@ def test_penalty_counts_the_prompt_but_no_image_row(vlm: VLM) -> None:
     assert len(set(other.ids)) > len(set(plain.ids))
 
 
-def test_timings_cover_every_phase(vlm: VLM) -> None:
+def test_timings_cover_every_phase(tiny: TinyModel) -> None:
+    vlm = VLM.load(tiny.path, threads=1, reuse=False)
     wall, reading = PhaseClock(), 0.0
     stream = vlm.stream(PICTURES[:2], QUESTION, max_tokens=5, ignore_eos=True)
     for _ in stream:
@@ -126,7 +128,9 @@ def test_timings_cover_every_phase(vlm: VLM) -> None:
     whole = wall.elapsed()
     timings = stream.answer.timings
     data = timings.to_json()
-    assert all(data[name] > 0 for name in data if name != "cached_tokens")
+    nothing = {"cached_tokens", "prefix_tokens", "images_reused"}
+    assert {name for name in data if data[name] == 0} == nothing
+    assert min(data.values()) >= 0
     parts = [timings.preprocess, timings.vision, timings.projector, timings.prefill]
     assert sum(parts) <= timings.time_to_first_token
     assert timings.time_to_first_token + timings.decode <= timings.total
@@ -181,13 +185,18 @@ def test_chats_and_single_questions_do_not_mix(vlm: VLM) -> None:
     assert talk(lambda: other.ask("Look", PICTURES[1], max_tokens=3)) == alone
 
 
-def test_reset_forgets(vlm: VLM) -> None:
-    chat = vlm.chat()
+@pytest.mark.parametrize("reuse", [True, False])
+def test_reset_forgets(tiny: TinyModel, reuse: bool) -> None:
+    chat = VLM.load(tiny.path, threads=1, reuse=reuse).chat()
     first = chat.ask("What is this?", PICTURES[0], max_tokens=5)
+    chat.ask("And this?", PICTURES[1], max_tokens=5)
     chat.reset()
+    assert chat.conversation.turns == ()
     again = chat.ask("What is this?", PICTURES[0], max_tokens=5)
     assert again.ids == first.ids
-    assert again.timings.cached_tokens == 0
+    run = 1 if reuse else first.timings.prefill_tokens
+    assert again.timings.prefill_tokens == run
+    assert again.timings.images_reused == reuse
 
 
 def test_a_failed_turn_leaves_no_picture_behind(vlm: VLM) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -261,9 +262,7 @@ def test_chat_keeps_the_past(compiled, samples, capsys, monkeypatch):
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 2
     fresh, later = (
-        int(line.split(" tokens)")[0].rsplit("(", 1)[1])
-        for line in output.err.splitlines()
-        if "prefill" in line
+        int(count) for count in re.findall(r"prefill [\d.]+ ms \((\d+) tokens", output.err)
     )
     assert later < fresh
 
@@ -335,15 +334,15 @@ def test_parity_with_another_model_fails(compiled, samples, capsys):
 
 def test_a_missed_bound_is_exit_code_1(checkpoint, samples, tmp_path, capsys, monkeypatch):
     """A compile whose decoder went wrong is written, reported, and ends with 1."""
-    real = compiling.export_graph
+    real = compiling.export_optimized
 
-    def spoil(name, config, dtype, read, folder, progress):
+    def spoil(name, plan, read, folder, progress):
         def wrong(parameter):
             return read(parameter) * (1.05 if parameter == "model.norm.weight" else 1)
 
-        return real(name, config, dtype, wrong, folder, progress)
+        return real(name, plan, wrong, folder, progress)
 
-    monkeypatch.setattr(compiling, "export_graph", spoil)
+    monkeypatch.setattr(compiling, "export_optimized", spoil)
     output = tmp_path / "bundle"
     arguments = ("--model", checkpoint, "--output", output, "--samples", samples)
     assert type_export(*arguments) == 1

@@ -16,10 +16,12 @@ import torch
 from mvlm_export.calibration.data import Sample, read_samples
 from mvlm_export.engines.bundle import Bundle, write_json
 from mvlm_export.engines.errors import EngineError, InputError, MissingPackageError
+from mvlm_export.exporter.compile import compile_checkpoint
 from mvlm_export.exporter.models.components import COMPONENTS
 from mvlm_export.exporter.parity import ParityCheck
 from mvlm_export.exporter.parity_spool import Spool
 from mvlm_export.exporter.reference import ReferenceModel
+from mvlm_export.exporter.settings import CompileSettings
 
 from .conftest import Silent
 
@@ -67,22 +69,30 @@ def check(compiled, checkpoint, samples):
 
 
 def broken_copy(compiled, folder, graph, tensor, change):
-    """The bundle with one weight changed, as a wrong rewrite would."""
+    """The bundle with one weight changed, as a wrong rewrite would.
+
+    Args:
+        tensor: the weight's name in the checkpoint; rewrites have put more behind it.
+    """
     path = folder / "broken"
     shutil.copytree(compiled.bundle.path, path)
     file = path / graph / "model.onnx"
     model = onnx.load(str(file))
-    for initializer in model.graph.initializer:
-        if initializer.name == tensor:
-            array = change(onnx.numpy_helper.to_array(initializer).copy())
-            initializer.CopyFrom(onnx.numpy_helper.from_array(array, tensor))
+    (initializer,) = (
+        t
+        for t in model.graph.initializer
+        if t.name == tensor or t.name.startswith(f"{tensor}.")
+    )
+    array = change(onnx.numpy_helper.to_array(initializer).copy())
+    initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
     (path / graph / "model.onnx.data").unlink()
     onnx.save(model, str(file), save_as_external_data=True, location="model.onnx.data")
     return Bundle.load(path, verify=False)
 
 
-def scale_one(array):
-    array.flat[np.abs(array).argmax()] *= 1.5
+def scale_value(array):
+    """One column of the value projection, which stands last in the merged weight."""
+    array[:, -1] *= 1.5
     return array
 
 
@@ -91,8 +101,8 @@ def scale_one(array):
     [
         ("vision_encoder", "pre_layrnorm.weight", lambda a: a * 1.01, "vision_encoder"),
         ("projector", "mlp.mlp.2.bias", lambda a: a + 0.05, "projector"),
-        ("decoder", "model.norm.weight", lambda a: a * 1.01, "decoder: logits"),
-        ("decoder", "model.layers.1.self_attn.v_proj.weight", scale_one, "decoder: cache"),
+        ("decoder", "lm_head.weight", lambda a: a * 1.01, "decoder: logits"),
+        ("decoder", "model.layers.1.self_attn.q_proj.weight", scale_value, "decoder: cache"),
         ("decoder", "rotary_sin", lambda a: -a, "decoder: cache"),
     ],
 )
@@ -116,7 +126,7 @@ def test_nan_on_either_side_fails(check, compiled, tmp_path, monkeypatch, side):
     if side == "bundle":
         nan = np.float32("nan")
         bundle = broken_copy(
-            compiled, tmp_path, "decoder", "model.norm.weight", lambda a: a * nan
+            compiled, tmp_path, "decoder", "lm_head.weight", lambda a: a * nan
         )
     else:
         real = ReferenceModel.image_embeds
@@ -199,10 +209,12 @@ def test_answer_ends_where_the_positions_do(check, samples):
     assert report.end_to_end.equal == 1
 
 
-def test_bundle_of_fewer_positions_than_the_checkpoint(check, compiled, tmp_path):
+def test_bundle_of_fewer_positions_than_the_checkpoint(check, checkpoint, tmp_path):
     length = max(len(case.prompt) for case in check().cases)
-    bundle = changed_copy(compiled, tmp_path, max_positions=length + 2)
-    made = check(bundle, max_tokens=40)
+    settings = CompileSettings(
+        output=tmp_path / "short", model=checkpoint, max_length=length + 2, parity=False
+    )
+    made = check(compile_checkpoint(settings, Silent()).bundle, max_tokens=40)
     assert min(case.limit for case in made.cases) == 2
     report = made.run()
     assert report.passed, report.failures

@@ -14,7 +14,6 @@ from mvlm_export.exporter.config import PROJECTORS, parse_config, read_config
 from mvlm_export.exporter.models.components import COMPONENTS, build_component
 from mvlm_export.exporter.preflight import (
     expected_shapes,
-    find_fp16_overflow,
     load_component,
     preflight,
     scan_values,
@@ -293,20 +292,16 @@ def test_scan_gives_the_largest_magnitude_and_progress(tmp_path, fmt):
     assert {call[2] for call in seen.calls} == set(largest)
 
 
-def test_float16_overflow_is_found_and_refused(folder):
-    names = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+def test_float16_overflow_is_refused(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
 
     def enlarge(tensors):
-        tensors[names[0]][3] = -70000.0
-        tensors[names[1]][0, 0] = 1e6
-        tensors["lm_head.weight"][0, 0] = 65280.0
+        tensors[name][0, 0] = 1e6
 
     checkpoint = edit(folder, enlarge)
     weight_map = report_of(checkpoint).weight_map
-    found = find_fp16_overflow(scan_values(checkpoint, weight_map))
-    assert set(found) == set(names)
     decoder = build_component("decoder", read_config(folder))
-    with pytest.raises(CheckpointError, match=rf"{names[1]} does not fit torch\.float16"):
+    with pytest.raises(CheckpointError, match=rf"{name} does not fit torch\.float16"):
         load_component(decoder, "decoder", weight_map, checkpoint, torch.float16)
 
 

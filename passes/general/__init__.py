@@ -1,0 +1,1 @@
+"""Rewrites of any graph: constants, dead code, clean-up."""

@@ -1,0 +1,286 @@
+"""The ordered list of passes for each graph: exact algebra first, then what the target needs.
+
+Each step that must fire says how often (``Expect``); the compile fails where it does not. What
+a model may not need (V1's projector has no PEG) is expected by the model's facts. Passes are
+chosen by what a target can do, never by its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mvlm_export.engines.errors import InputError
+from mvlm_export.engines.kv_cache import KvForm
+from mvlm_export.engines.targets import Target
+
+from .base import Expect, Pass, Step
+from .decoder.choose_greedy_token import ChooseGreedyToken
+from .decoder.constant_rotary_tables import ConstantRotaryTables
+from .decoder.fold_rotary_sign import FoldRotarySign
+from .decoder.keep_last_row import KeepLastRow
+from .general.clean_layout import CleanLayout
+from .general.fold_constants import FoldConstants
+from .general.merge_duplicate_constants import MergeDuplicateConstants
+from .general.merge_equal_nodes import MergeEqualNodes
+from .general.remove_cast_islands import RemoveCastIslands
+from .general.remove_dead_code import RemoveDeadCode
+from .lowering.convert_to_float16 import ConvertToFloat16
+from .lowering.use_group_query_attention import HEAD_MULTIPLE, UseGroupQueryAttention
+from .lowering.use_matmul_nbits import UseMatMulNBits
+from .lowering.use_skip_rms_norm import UseSkipRmsNorm
+from .lowering.use_tensor_scatter import UseTensorScatter
+from .projector.fold_peg_skip import FoldPegSkip
+from .projector.fuse_pool_into_depthwise import FusePoolIntoDepthwise
+from .projector.move_block_to_channels_last import MoveBlockToChannelsLast
+from .projector.move_pool_before_pointwise import MovePoolBeforePointwise
+from .projector.reshape_without_transposes import ReshapeWithoutTransposes
+from .transformer.fold_layernorm_affine import FoldLayerNormAffine
+from .transformer.fold_query_scale import FoldQueryScale
+from .transformer.fold_rmsnorm_weight import FoldRmsNormWeight
+from .transformer.merge_gate_up import MergeGateUp
+from .transformer.merge_qkv import MergeQkv
+from .vision.drop_vision_tail import DropVisionTail
+from .vision.fold_class_and_position import FoldClassAndPosition
+from .vision.fold_pixel_normalization import FoldPixelNormalization
+
+CONTRIB = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
+KEPT_FLOAT32 = frozenset({"logits"})
+"""Inputs and outputs that stay float32 in a float16 graph."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the pipelines must know of a model to say what they expect.
+
+    Attributes:
+        vision_layers: blocks that the encoder runs.
+        keeps_class_token: whether the class token goes to the projector.
+        image_mean, image_std: of the three channels, for pixels of 0 to 1.
+        pools: whether the projector averages over patches behind its pointwise layers.
+        ldp_blocks: inverted residual blocks of V1's projector.
+        has_peg: whether it adds a depthwise convolution to its input.
+        positions: rows of the KV cache.
+    """
+
+    vision_layers: int
+    keeps_class_token: bool
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    pools: bool
+    has_peg: bool
+    ldp_blocks: int
+    decoder_layers: int
+    head_dim: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What the user chose.
+
+    Attributes:
+        dtype: ``float32`` or ``float16``, of the finished graphs.
+        disabled: names of passes to leave out.
+        enabled: names of optional passes to add.
+        progress: told (done, total, name) by passes that read every weight.
+    """
+
+    dtype: str
+    disabled: frozenset[str] = frozenset()
+    enabled: frozenset[str] = frozenset()
+    progress: Callable[[int, int, str], None] | None = None
+
+
+OPTIONAL: dict[str, str] = {
+    FusePoolIntoDepthwise.name: FusePoolIntoDepthwise.summary,
+    MoveBlockToChannelsLast.name: MoveBlockToChannelsLast.summary,
+    ChooseGreedyToken.name: ChooseGreedyToken.summary,
+    UseSkipRmsNorm.name: UseSkipRmsNorm.summary,
+}
+"""Passes that run only when asked for, with what they do."""
+
+
+def build_pipeline(
+    name: str, facts: ModelFacts, target: Target, options: PipelineOptions
+) -> list[Step]:
+    """The steps for one graph.
+
+    Args:
+        name: ``vision_encoder``, ``projector`` or ``decoder``.
+
+    Raises:
+        InputError: a name in ``disabled`` or ``enabled`` is no pass, or is not optional.
+    """
+    check_names(options.disabled, options.enabled)
+    exact = _EXACT[name](facts)
+    if name == "projector" and FusePoolIntoDepthwise.name in options.enabled:
+        exact = _fused_pool_steps(facts)
+    steps = [
+        *_clean_up(),
+        *exact,
+        *_clean_up(),
+        *_convert(options),
+        *_lower(name, facts, target, cache_form(facts, target, options)),
+    ]
+    optional = set(OPTIONAL) - options.enabled
+    left_out = options.disabled | optional
+    return [step for step in steps if step.rewrite.name not in left_out]
+
+
+def _clean_up() -> list[Step]:
+    return [
+        Step(FoldConstants()),
+        Step(MergeDuplicateConstants()),
+        Step(MergeEqualNodes()),
+        Step(CleanLayout()),
+        Step(RemoveDeadCode()),
+    ]
+
+
+def _vision_steps(facts: ModelFacts) -> list[Step]:
+    layers = facts.vision_layers
+    return [
+        Step(
+            FoldPixelNormalization(facts.image_mean, facts.image_std),
+            Expect(1, "one patch convolution"),
+        ),
+        Step(FoldClassAndPosition(), Expect(1, "one embedding")),
+        Step(DropVisionTail(), Expect(int(not facts.keeps_class_token), "one class row")),
+        Step(FoldLayerNormAffine(), Expect(2 * layers, "two a block")),
+        Step(FoldQueryScale(), Expect(layers, "one a block")),
+        Step(MergeQkv(), Expect(layers, "one a block")),
+    ]
+
+
+def _projector_steps(facts: ModelFacts) -> list[Step]:
+    return [
+        Step(MovePoolBeforePointwise(), Expect(int(facts.pools), "one pool")),
+        Step(FoldPegSkip(), Expect(int(facts.has_peg), "one PEG")),
+        Step(MoveBlockToChannelsLast(), Expect(facts.ldp_blocks, "one a block of LDP")),
+        Step(ReshapeWithoutTransposes(), Expect(int(facts.ldp_blocks > 0), "one LDP")),
+    ]
+
+
+def _fused_pool_steps(facts: ModelFacts) -> list[Step]:
+    """The other way round: the pool goes into PEG instead of before the pointwise layer."""
+    once = Expect(int(facts.pools and facts.has_peg), "one pool with a PEG")
+    return [Step(FoldPegSkip()), Step(FusePoolIntoDepthwise(), once)]
+
+
+def _decoder_steps(facts: ModelFacts) -> list[Step]:
+    layers = facts.decoder_layers
+    return [
+        Step(KeepLastRow(), Expect(1, "one output of logits")),
+        Step(ConstantRotaryTables(facts.positions)),
+        Step(FoldRotarySign(), Expect(2 * layers, "query and key of each layer")),
+        Step(FoldRmsNormWeight(), Expect(2 * layers + 1, "two a layer and the last")),
+        Step(FoldQueryScale(), Expect(layers, "one a layer")),
+        Step(MergeQkv(), Expect(layers, "one a layer")),
+        Step(MergeGateUp(), Expect(layers, "one a layer")),
+    ]
+
+
+_EXACT: dict[str, Callable[[ModelFacts], list[Step]]] = {
+    "vision_encoder": _vision_steps,
+    "projector": _projector_steps,
+    "decoder": _decoder_steps,
+}
+
+
+def _convert(options: PipelineOptions) -> list[Step]:
+    if options.dtype == "float32":
+        return []
+    return [
+        Step(ConvertToFloat16(keep_io=KEPT_FLOAT32, progress=options.progress)),
+        Step(RemoveCastIslands()),
+    ]
+
+
+def cache_form(facts: ModelFacts, target: Target, options: PipelineOptions) -> KvForm:
+    """The form of the decoder's cache: the target's, where the model and the user allow it."""
+    rewrite = _fixed_form(target)
+    if rewrite.name in options.disabled:
+        return "append"
+    if rewrite is UseGroupQueryAttention and facts.head_dim % HEAD_MULTIPLE:
+        return "append"
+    return target.kv_form
+
+
+def _fixed_form(target: Target) -> type[UseGroupQueryAttention] | type[UseTensorScatter]:
+    """What makes the fixed form out of the append form for a target."""
+    return UseGroupQueryAttention if CONTRIB in target.extra_domains else UseTensorScatter
+
+
+def _lower(name: str, facts: ModelFacts, target: Target, form: KvForm) -> list[Step]:
+    has_contrib = CONTRIB in target.extra_domains
+    steps: list[Step] = []
+    if name == "decoder" and form == "fixed":
+        rewrite = _fixed_form(target)(facts.positions)
+        steps.append(Step(rewrite, Expect(facts.decoder_layers, "one a layer")))
+    if has_contrib:
+        steps += [Step(UseMatMulNBits()), Step(UseSkipRmsNorm())]
+    if name == "decoder":
+        steps.append(Step(ChooseGreedyToken()))
+    return [*steps, Step(MergeDuplicateConstants()), Step(RemoveDeadCode())]
+
+
+def pass_names() -> list[str]:
+    """Names of every pass that some pipeline may run, in alphabetical order."""
+    return sorted(_PASSES)
+
+
+def check_names(disabled: Iterable[str], enabled: Iterable[str]) -> None:
+    """Refuse names that no pass has.
+
+    Raises:
+        InputError: a name is unknown, or ``enabled`` names a pass that always runs.
+    """
+    for name in (*disabled, *enabled):
+        if name not in _PASSES:
+            close = difflib.get_close_matches(name, _PASSES, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"There is no pass {name!r}.{hint} Known: {', '.join(_PASSES)}.")
+    for name in enabled:
+        if name not in OPTIONAL:
+            raise InputError(
+                f"The pass {name!r} runs anyway; --enable-pass is for {', '.join(OPTIONAL)}."
+            )
+
+
+_PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (
+        ChooseGreedyToken,
+        CleanLayout,
+        ConstantRotaryTables,
+        ConvertToFloat16,
+        DropVisionTail,
+        FoldClassAndPosition,
+        FoldConstants,
+        FoldLayerNormAffine,
+        FoldPegSkip,
+        FoldPixelNormalization,
+        FoldQueryScale,
+        FoldRmsNormWeight,
+        FoldRotarySign,
+        FusePoolIntoDepthwise,
+        KeepLastRow,
+        MergeDuplicateConstants,
+        MergeEqualNodes,
+        MergeGateUp,
+        MergeQkv,
+        MoveBlockToChannelsLast,
+        MovePoolBeforePointwise,
+        RemoveCastIslands,
+        RemoveDeadCode,
+        ReshapeWithoutTransposes,
+        UseGroupQueryAttention,
+        UseMatMulNBits,
+        UseSkipRmsNorm,
+        UseTensorScatter,
+    )
+}

@@ -1,0 +1,1 @@
+"""Rewrites of transformer blocks: of the vision encoder and of the decoder alike."""

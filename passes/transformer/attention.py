@@ -1,0 +1,93 @@
+"""Attention written out: where its scores and softmax are, and which layers feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from ..editing import consumers, live_nodes, producer
+from .linear_layers import is_matmul
+
+MOVES = frozenset(
+    {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Split", "Cast"}
+)
+"""Operators that only move their first input's elements about, or change their dtype."""
+
+_COMBINES = frozenset({"Add", "Sub", "Mul", "Div", "Concat"})
+_FORWARDS = MOVES | {"Neg"}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``softmax(query @ key + mask) @ value``.
+
+    Attributes:
+        scores: the MatMul of queries and keys.
+        softmax: of the scores, masked or not.
+        mix: the MatMul of probabilities and values.
+    """
+
+    scores: gs.Node
+    softmax: gs.Node
+    mix: gs.Node
+
+    @property
+    def query(self) -> gs.Tensor:
+        """Left operand of the scores."""
+        return self.scores.inputs[0]
+
+    @property
+    def key(self) -> gs.Tensor:
+        """Right operand of the scores, transposed."""
+        return self.scores.inputs[1]
+
+    @property
+    def value(self) -> gs.Tensor:
+        """Right operand of the mix."""
+        return self.mix.inputs[1]
+
+
+def find_attentions(graph: gs.Graph) -> Iterator[Attention]:
+    """Every softmax between two MatMuls."""
+    for softmax in live_nodes(graph):
+        if softmax.op != "Softmax":
+            continue
+        scores = layers_above(softmax.inputs[0])
+        mixes = _mixes(softmax.outputs[0])
+        if len(scores) == 1 and len(mixes) == 1:
+            yield Attention(scores[0], softmax, mixes[0])
+
+
+def _mixes(probabilities: gs.Tensor) -> list[gs.Node]:
+    found: list[gs.Node] = []
+    for node in consumers(probabilities):
+        if node.op == "Cast":
+            found += _mixes(node.outputs[0])
+        elif is_matmul(node) and node.inputs[0] is probabilities:
+            found.append(node)
+    return found
+
+
+def layers_above(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nearest MatMuls that a tensor comes from, each once.
+
+    Looked for through what stands between a projection and the product it goes into: biases,
+    head axes, rotary embedding, scales, past keys and values, casts.
+    """
+    found: dict[int, gs.Node] = {}
+    seen: set[int] = set()
+    pending = [tensor]
+    while pending:
+        node = producer(pending.pop())
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if is_matmul(node):
+            found[id(node)] = node
+        elif node.op in _COMBINES:
+            pending += node.inputs
+        elif node.op in _FORWARDS:
+            pending.append(node.inputs[0])
+    return list(found.values())

@@ -1,0 +1,99 @@
+"""The greedy token as an output."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from mvlm_export.passes.decoder.choose_greedy_token import ChooseGreedyToken
+from mvlm_export.passes.decoder.keep_last_row import KeepLastRow
+from tests.passes.graphs import (
+    assert_same_structure,
+    check_pass,
+    nano_graph,
+    parse_graph,
+    run_graph,
+    tiny_graph,
+)
+
+BEFORE = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[1,7] x) => (float[1,7] logits) {
+  logits = Identity(x)
+}
+"""
+EXPECTED = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[1,7] x) => (float[1,7] logits, int64[1] next_token) {
+  logits = Identity(x)
+  next_token = ArgMax<axis=-1, keepdims=0, select_last_index=0>(logits)
+}
+"""
+
+
+def test_before_and_expected():
+    graph = parse_graph(BEFORE)
+    result = check_pass(ChooseGreedyToken(), graph)
+    assert (result.matched, result.rewritten) == (1, 1)
+    assert_same_structure(graph, parse_graph(EXPECTED))
+    assert [output.name for output in graph.outputs] == ["logits", "next_token"]
+
+
+def test_the_first_of_equal_logits_wins():
+    graph = parse_graph(BEFORE)
+    ChooseGreedyToken().apply(graph)
+    x = np.array([[0, 3, -1, 3, 3, 2, 0]], np.float32)
+    assert run_graph(graph, {"x": x})["next_token"].tolist() == [1]
+
+
+@given(x=arrays.arrays(np.float32, (1, 7), elements=st.integers(-3, 3)))
+def test_it_is_numpys_argmax(x):
+    graph = parse_graph(BEFORE)
+    rewrite = ChooseGreedyToken()
+    rewrite.apply(graph)
+    found = run_graph(graph, {"x": x})
+    expected = rewrite.outputs_after({"logits": x}, {"x": x})
+    assert found["next_token"].dtype == expected["next_token"].dtype == np.int64
+    np.testing.assert_array_equal(found["next_token"], expected["next_token"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("[1,7]", "[S,7]"), "'logits' is ['S', 7], not one row [1, V]; keep-last-row must"),
+        (("[1,7]", "[2,7]"), "not one row"),
+        (("[1,7]", "[1,1,7]"), "not one row"),
+        (("Identity(x)", "Identity(next_token)\n  next_token = Relu(x)"), "is taken"),
+    ],
+    ids=["rows", "two-rows", "rank-3", "name"],
+)
+def test_refusals(change, reason):
+    text = BEFORE.replace(*change)
+    if "Relu" in text:
+        text = text.replace("  logits = Identity(next_token)\n", "").replace("\n}", "")
+        text += "  logits = Identity(next_token)\n}"
+    result = ChooseGreedyToken().apply(parse_graph(text))
+    assert (result.matched, result.rewritten) == (1, 0)
+    assert reason in result.refusals[0].reason
+
+
+def test_no_logits_is_no_match():
+    assert ChooseGreedyToken("scores").apply(parse_graph(BEFORE)).matched == 0
+    outputs = {"present": np.ones(3)}
+    assert ChooseGreedyToken().outputs_after(outputs, {}) == outputs
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_captured_decoder(heads):
+    graph = tiny_graph("decoder", num_key_value_heads=heads)
+    assert "keep-last-row" in ChooseGreedyToken().apply(graph).refusals[0].reason
+    KeepLastRow().apply(graph)
+    assert check_pass(ChooseGreedyToken(), graph, input_ids=320).rewritten == 1
+
+
+def test_nano():
+    graph = nano_graph("decoder")
+    KeepLastRow().apply(graph)
+    assert check_pass(ChooseGreedyToken(), graph, {"S": 5}, input_ids=512).rewritten == 1
+    assert graph.outputs[-1].name == "next_token"
