@@ -11,6 +11,7 @@ from .chat_command import chat
 from .doctor_command import doctor
 from .errors import entry_point
 from .export_command import export
+from .inspect_command import inspect
 from .parity_command import parity
 from .run_command import run
 
@@ -35,7 +36,7 @@ def mvlm() -> None:
     """
 
 
-for command in (export, build, run, chat, parity, doctor):
+for command in (export, build, run, chat, parity, inspect, doctor):
     mvlm.add_command(command)
 
 main = entry_point(mvlm, "mvlm")
