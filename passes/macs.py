@@ -28,6 +28,12 @@ from .bound_shapes import (
 
 _Sizes = tuple[int, ...]
 
+CACHED = "T"
+"""Tokens in the cache: an axis of the append form, a number given to the fixed form."""
+
+PAST_LENGTH = "past_length"
+"""The input that gives it."""
+
 
 @dataclass(frozen=True)
 class Uncounted:
@@ -66,8 +72,9 @@ class _Unknown(Exception):  # noqa: N818
 class _Operands:
     """Shapes of a node's operands, each a tuple of numbers when asked for."""
 
-    def __init__(self, node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, node: onnx.NodeProto, shapes: Mapping[str, Shape], axes: Axes) -> None:
         self.node = node
+        self.axes = axes
         self._shapes = shapes
 
     def has_input(self, index: int) -> bool:
@@ -137,12 +144,17 @@ def _rows(shape: _Sizes, heads: int) -> _Sizes:
 
 
 def _group_query_attention(operands: _Operands) -> int:
-    """ONNX Runtime's: queries [B, S, heads * width], perhaps packed with keys and values."""
+    """ONNX Runtime's: queries [B, S, heads * width], perhaps packed with keys and values.
+
+    It works on the filled rows of its cache alone: ``T`` of them where that axis has a value,
+    all where it has none.
+    """
     node, (batch, tokens, width) = operands.node, operands.input(0)
     heads, kv_heads = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
     packed = not operands.has_input(1)
     head_width = width // max(heads + 2 * kv_heads if packed else heads, 1)
     past = operands.input(3)[2] if operands.has_input(3) else 0
+    past = min(past, operands.axes.get(CACHED, past))
     return 2 * batch * heads * tokens * (past + tokens) * head_width
 
 
@@ -176,7 +188,7 @@ def count_macs(model: onnx.ModelProto, axes: Axes) -> MacCount:
     uncounted = []
     for node in model.graph.node:
         try:
-            count = _count(node, shapes)
+            count = _count(node, shapes, axes)
         except _Unknown as unknown:
             name = node.name or next(iter(node.output), "")
             uncounted.append(Uncounted(name, operator_name(node), str(unknown)))
@@ -190,13 +202,13 @@ def count_macs(model: onnx.ModelProto, axes: Axes) -> MacCount:
     return MacCount(used, sum(counts.values()), ordered, tuple(uncounted))
 
 
-def _count(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+def _count(node: onnx.NodeProto, shapes: Mapping[str, Shape], axes: Axes) -> int | None:
     """A node's multiply-accumulates; None for an operator that has none."""
     standard = is_standard(node)
     rule = (_RULES if standard else _FOREIGN_RULES).get(node.op_type)
     if rule is not None:
         try:
-            return rule(_Operands(node, shapes))
+            return rule(_Operands(node, shapes, axes))
         except (IndexError, ValueError) as error:
             raise _Unknown("its operands are not of the rank that it takes") from error
     if node.op_type in _NESTED:
@@ -214,11 +226,16 @@ def operator_name(node: onnx.NodeProto) -> str:
 
 
 def dynamic_axes(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the axes that the caller's inputs decide, in their order."""
+    """Names of the axes that the caller's inputs decide, in their order.
+
+    A decoder with a fixed cache is told how many rows of it are filled: that counts as ``T``.
+    """
     names = [
         axis
         for value in graph_inputs(model.graph)
         for axis in shape_of(value) or ()
         if isinstance(axis, str)
     ]
+    if any(value.name == PAST_LENGTH for value in graph_inputs(model.graph)):
+        names.append(CACHED)
     return tuple(dict.fromkeys(names))

@@ -30,6 +30,7 @@ Examples:
   mvlm-export --target cpu                          the nano model that comes along
   mvlm-export --target orin --model MobileVLM_V2-1.7B --output bundle
   mvlm-export --target rtx --recipe fp16 --json
+  mvlm-export --verify-passes --dump-dir dumps      watch the graph passes work
 """
 
 
@@ -144,12 +145,34 @@ def _print_result(resolved: ResolvedSettings, result: CompileResult) -> None:
             for name, plan in record["plans"].items()
         ]
     print_table(f"Bundle {resolved.output}", ("graph", "form", "dtype", "size"), rows)
+    _print_passes(result.report["checks"]["passes"])
     _print_preflight(result.report["preflight"])
     _print_checks(resolved, result.report["checks"])
     if result.parity is not None:
         print_parity(result.parity)
     for line in next_steps(resolved):
         print_line(line)
+
+
+def _print_passes(passes: dict[str, list[dict[str, Any]]]) -> None:
+    """What the passes did to each graph; each of them is in ``mvlm inspect``'s table."""
+    rows = []
+    for name, records in passes.items():
+        fired = [record for record in records if record["rewritten"]]
+        changes = [record["change"] for record in fired if record["change"] is not None]
+        refused = sum(len(record["refusals"]) for record in records)
+        rows.append(
+            (
+                name,
+                f"{records[0]['nodes'][0]} -> {records[-1]['nodes'][1]}",
+                f"{sum(record['rewritten'] for record in fired)} by {len(fired)} passes",
+                refused or "",
+                f"{max(changes):.1e}" if changes else "",
+            )
+        )
+    columns = ("graph", "nodes", "rewrites", "refused", "verified: largest change")
+    shown = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    print_table("Passes", columns[:shown], [row[:shown] for row in rows])
 
 
 def _print_preflight(preflight: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mvlm_export.engines.targets import get_target
+
 from .console import human_bytes, print_line, print_table
 
 if TYPE_CHECKING:
@@ -149,7 +151,9 @@ def _bundle_facts(report: BundleReport) -> Iterator[Row]:
     yield "cache", f"{manifest.kv_form}, {manifest.model.max_positions} positions at most"
     prefix = report.prefix_tokens
     yield "prompt prefix", "none" if prefix is None else f"{prefix} tokens"
-    yield "engines", ", ".join(report.engines) or "none; `mvlm build` makes them"
+    has_engines = get_target(manifest.target, manifest.jetpack).has_engines
+    absent = "none; `mvlm build` makes them" if has_engines else "none: it runs the graphs"
+    yield "engines", ", ".join(report.engines) or absent
     yield "files", f"{len(report.files)}, {human_bytes(sum(report.files.values()))}"
     for name, size in sorted(report.files.items(), key=lambda item: -item[1])[:5]:
         yield "", f"{name}, {human_bytes(size)}"

@@ -182,7 +182,7 @@ def test_a_bundle_in_tables(bundle, capsys):
     for word in (
         "tiny",
         "7 tokens",
-        "none; `mvlm build` makes them",
+        "none: it runs the graphs",
         "Passes on projector",
         "1 of 2",
         "12 → 11",

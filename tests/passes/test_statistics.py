@@ -145,6 +145,31 @@ def test_group_query_attention(packed):
     assert total(model, S=1, T=99) == 2 * 8 * 100 * 16
 
 
+def test_a_fixed_cache_counts_its_filled_rows():
+    """As the append form does: T rows and the new ones, whatever the capacity."""
+    node = helper.make_node(
+        "GroupQueryAttention",
+        ["q", "k", "v", "past_k", "past_v", "past_length", "longest"],
+        ["y"],
+        domain="com.microsoft",
+        num_heads=8,
+        kv_num_heads=2,
+    )
+    shapes = [
+        ("q", [1, "S", 128]),
+        ("k", [1, "S", 32]),
+        ("v", [1, "S", 32]),
+        ("past_k", [1, 2, 512, 16]),
+        ("past_v", [1, 2, 512, 16]),
+        ("past_length", [1]),
+        ("longest", []),
+    ]
+    model = one_node(node, shapes, [1, "S", 128], domains=["com.microsoft"])
+    assert total(model, S=4, T=99) == 2 * 8 * 4 * 103 * 16
+    assert total(model, S=4) == 2 * 8 * 4 * 516 * 16
+    assert count_macs(model, {"S": 4, "T": 99}).axes == {"S": 4, "T": 99}
+
+
 def quantized_layers():
     """MatMulNBits [.., 64] -> [.., 32] -> [.., 16], then a MatMul that needs their shapes."""
 
