@@ -120,7 +120,7 @@ def build_pipeline(
     if name == "projector" and FusePoolIntoDepthwise.name in options.enabled:
         exact = _fused_pool_steps(facts)
     steps = [
-        *_clean_up(),
+        *_prepare(),
         *exact,
         *_clean_up(),
         *_convert(options),
@@ -129,6 +129,15 @@ def build_pipeline(
     optional = set(OPTIONAL) - options.enabled
     left_out = options.disabled | optional
     return [step for step in steps if step.rewrite.name not in left_out]
+
+
+def _prepare() -> list[Step]:
+    """What the rewrites need: constants where constants are meant.
+
+    No more than that: they find their places by a weight of its own in each, equal or not, of
+    ones or not.
+    """
+    return [Step(FoldConstants()), Step(RemoveDeadCode())]
 
 
 def _clean_up() -> list[Step]:
@@ -168,7 +177,9 @@ def _projector_steps(facts: ModelFacts) -> list[Step]:
 def _fused_pool_steps(facts: ModelFacts) -> list[Step]:
     """The other way round: the pool goes into PEG instead of before the pointwise layer."""
     once = Expect(int(facts.pools and facts.has_peg), "one pool with a PEG")
-    return [Step(FoldPegSkip()), Step(FusePoolIntoDepthwise(), once)]
+    first = [Step(FoldPegSkip()), Step(FusePoolIntoDepthwise(), once)]
+    replaced = (MovePoolBeforePointwise, FoldPegSkip)
+    return first + [s for s in _projector_steps(facts) if not isinstance(s.rewrite, replaced)]
 
 
 def _decoder_steps(facts: ModelFacts) -> list[Step]:

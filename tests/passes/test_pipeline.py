@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
 from mvlm_export.engines.errors import InputError, PassError
 from mvlm_export.engines.targets import get_target
 from mvlm_export.passes.base import PassManager
+from mvlm_export.passes.deferred import values_of
 from mvlm_export.passes.pipeline import (
     OPTIONAL,
     ModelFacts,
@@ -188,6 +190,22 @@ def test_a_missed_expectation_fails():
     pool.attrs["kernel_shape"] = [1, 1]
     with pytest.raises(PassError, match=r"move-pool-before-pointwise.*must make 1 rewrites"):
         run_pipeline("projector", graph, config, FORMS["cpu"])
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_equal_weights_are_not_shared_before_they_are_folded(name):
+    """RMSNorms of ones, biases of zeros: byte for byte the same in every layer."""
+    graph = tiny_graph(name)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and len(tensor.shape) == 1:
+            values = values_of(tensor)
+            if tensor.name.endswith("bias") and "norm" not in tensor.name:
+                tensor.values = np.zeros_like(values)
+            elif tensor.name.endswith("norm.weight"):
+                tensor.values = np.ones_like(values)
+    done = counts(run_pipeline(name, graph, tiny_config(), FORMS["orin"]))
+    if name != "projector":
+        assert done["merge-qkv"] == 2
 
 
 @pytest.mark.parametrize(
