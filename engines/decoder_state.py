@@ -7,9 +7,8 @@ with them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,8 @@ from .session import DecoderSession, Float32Array, FloatArray, IdArray
 
 Digests = tuple[str, ...]
 """Of the pictures of a prompt, in the order of their rows."""
+FREE_STATES = 4
+"""Most states that a pool keeps for later answers; each has a whole cache."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ class DecoderState:
         self._ids: IdArray = np.zeros(self.cache.capacity, np.int32)
         self._images: Digests = ()
         self._prefix = prefix
-        if prefix is not None:
-            self._ids[: len(prefix)] = prefix.ids
-            prefix.write(self.cache, 0, len(prefix))
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._prefix is not None:
+            self._ids[: len(self._prefix)] = self._prefix.ids
+            self._prefix.write(self.cache, 0, len(self._prefix))
 
     @property
     def ids(self) -> IdArray:
@@ -91,10 +95,19 @@ class DecoderState:
         ids = self.ids[:0] if self._prefix is None else self._prefix.ids
         self.cache.truncate(PromptIds(ids).shared_prefix(self.ids))
 
-    def drop_failed(self, kept: int) -> None:
-        """After a run that failed: only the first ``kept`` rows are to be trusted."""
+    def drop_interrupted(self, kept: int) -> None:
+        """After a run that was cut short: only the first ``kept`` rows are to be trusted."""
         self.cache.truncate(kept)
         self.cache.clear_behind()
+
+    def start_anew(self) -> None:
+        """After a run that failed: no row is to be trusted, as any may hold a NaN.
+
+        The shipped prefix is written again.
+        """
+        self.drop_interrupted(0)
+        self._images = ()
+        self._begin()
 
     @property
     def chooses_greedily(self) -> bool:
@@ -127,10 +140,17 @@ class DecoderState:
 class StatePool:
     """States that no answer is using, each with what its last answer left in it.
 
+    There is no lock: a lease may end in a finalizer, which the garbage collector can run
+    between any two lines here, on this very thread. Every change of ``free`` is one operation
+    of a list, which is atomic, and holds whatever others did in between.
+
     Args:
         decoder: what they run on.
         prefix: the bundle's prompt prefix, if any.
         reuse: False makes every lease begin with the prefix alone.
+
+    Attributes:
+        free: those longest unused first, ``FREE_STATES`` at most.
     """
 
     def __init__(
@@ -139,7 +159,6 @@ class StatePool:
         self._decoder = decoder
         self._prefix = prefix
         self._reuse = reuse
-        self._lock = threading.Lock()
         self.free: list[DecoderState] = []
 
     def new_state(self) -> DecoderState:
@@ -162,12 +181,13 @@ class StatePool:
         try:
             yield state
         finally:
-            with self._lock:
-                self.free.append(state)
+            self.free.append(state)
+            del self.free[:-FREE_STATES]
 
     def _take(self, prompt: PromptIds, images: Digests) -> DecoderState | None:
-        with self._lock:
-            if not self.free:
-                return None
-            shared = [state.shared_rows(prompt, images) for state in self.free]
-            return self.free.pop(shared.index(max(shared)))
+        while free := self.free.copy():
+            best = max(free, key=lambda state: state.shared_rows(prompt, images))
+            with suppress(ValueError):  # another answer has it already
+                self.free.remove(best)
+                return best
+        return None

@@ -123,18 +123,14 @@ class AnswerStream(Iterator[str]):
     """Text deltas of an answer; at their end, ``answer`` holds the whole.
 
     The work begins with the first delta asked for. Closing it early (``close``, leaving a
-    ``with`` block, Ctrl-C) ends the answer there and leaves the model ready for the next.
+    ``with`` block, dropping it, Ctrl-C) ends the answer there and leaves the model ready for
+    the next.
     """
 
     def __init__(self, model: TextModel, request: Request) -> None:
-        self._model = model
-        self._request = request
-        self._answer: Answer | None = None
-        self._ids: list[int] = []
-        self._text: list[str] = []
-        self._reason: FinishReason = "interrupted"
-        self._first_token_at = 0.0
-        self._deltas = self._run()
+        # Neither refers to the stream, so it is closed when its last reference goes.
+        self._run = _Run(model, request)
+        self._deltas = self._run.deltas()
 
     def __next__(self) -> str:
         return next(self._deltas)
@@ -161,12 +157,12 @@ class AnswerStream(Iterator[str]):
         Raises:
             InputError: the stream has not been read to its end, or gave no token.
         """
-        if self._answer is None:
+        if self._run.answer is None:
             raise InputError(
                 "There is no answer yet: read the stream to its end, or close it after its "
                 "first token."
             )
-        return self._answer
+        return self._run.answer
 
     def read(self) -> Answer:
         """Read to the end."""
@@ -174,7 +170,21 @@ class AnswerStream(Iterator[str]):
             pass
         return self.answer
 
-    def _run(self) -> Generator[str, None, None]:
+
+class _Run:
+    """The work of one answer and what it has come to so far."""
+
+    def __init__(self, model: TextModel, request: Request) -> None:
+        self._model = model
+        self._request = request
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._reason: FinishReason = "interrupted"
+        self._first_token_at = 0.0
+        self.answer: Answer | None = None
+
+    def deltas(self) -> Generator[str, None, None]:
+        """Do the work, text by text."""
         clock, request = PhaseClock(), self._request
         images = request.embed(clock)
         with request.lease(request.prompt, images.digests) as state:
@@ -185,10 +195,12 @@ class AnswerStream(Iterator[str]):
             except (GeneratorExit, KeyboardInterrupt):
                 if self._ids:
                     self._complete(clock, kept, images)
+                else:
+                    state.drop_interrupted(kept.count)
                 raise
-            finally:
-                if self._answer is None:
-                    state.drop_failed(kept.count)
+            except BaseException:
+                state.start_anew()
+                raise
 
     def _deltas_of(
         self, state: DecoderState, image_embeds: FloatArray, clock: PhaseClock
@@ -237,5 +249,5 @@ class AnswerStream(Iterator[str]):
             images_reused=images.reused,
         )
         text = "".join(self._text)
-        self._answer = Answer(text, tuple(self._ids), self._reason, timings)
-        self._request.commit(self._answer)
+        self.answer = Answer(text, tuple(self._ids), self._reason, timings)
+        self._request.commit(self.answer)

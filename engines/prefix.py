@@ -9,8 +9,6 @@ the rows serve every prompt as far as its ids agree with theirs.
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,6 @@ from .errors import BundleError
 from .kv_cache import CacheArray, KvCache
 from .manifest import ModelSpec
 from .session import IdArray
-
-# What numpy and zipfile raise for damaged files; RuntimeError for features they do not have.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +97,17 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         with path.open("rb") as file:
             data = np.load(file, allow_pickle=False)
             if isinstance(data, np.lib.npyio.NpzFile):
-                return {name: data[name] for name in data.files}
-    except _UNREADABLE as error:
+                return {name: _array(data[name]) for name in data.files}
+    except Exception as error:  # numpy and zipfile raise any kind for damaged bytes
         raise _refused(path, f"it cannot be read ({error})") from error
     raise _refused(path, "it is no npz file")
+
+
+def _array(member: Any) -> npt.NDArray[Any]:  # noqa: ANN401
+    # numpy gives the bytes of a member that is no npy file.
+    if not isinstance(member, np.ndarray):
+        raise TypeError("a member is no npy file")
+    return member
 
 
 def _names(layers: int) -> list[str]:
@@ -134,5 +127,5 @@ def _check_ids(path: Path, ids: IdArray, model: ModelSpec) -> None:
 def _refused(path: Path, what: str) -> BundleError:
     return BundleError(
         f"{path} does not fit the bundle: {what}. Compile the bundle again, or load it "
-        "without the prompt prefix (use_prefix=False)."
+        "without the prompt prefix (`--no-prefix`, or use_prefix=False in Python)."
     )

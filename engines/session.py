@@ -97,7 +97,8 @@ class DecoderSession(Protocol):
         """As :meth:`append`, but the likeliest next id; the logits stay where they are.
 
         Logits that are not finite are noticed only if the graph then gives an id outside the
-        vocabulary. That is why the first token of an answer is always chosen from logits.
+        vocabulary, as those of this package do. That is why the first token of an answer is
+        always chosen from logits.
 
         Raises:
             EngineError: as :meth:`append`, or the id is none of the vocabulary.

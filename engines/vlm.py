@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -230,7 +231,8 @@ class ChatSession:
     def __init__(self, vlm: VLM) -> None:
         self._vlm = vlm
         self._state = vlm.new_state()
-        self._stream: AnswerStream | None = None
+        # Weak, as the stream's request refers to the chat.
+        self._stream: weakref.ref[AnswerStream] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -281,17 +283,18 @@ class ChatSession:
             commit=commit,
             new_images=len(sources),
         )
-        self._stream = AnswerStream(vlm.text_model, request)
-        return self._stream
+        stream = AnswerStream(vlm.text_model, request)
+        self._stream = weakref.ref(stream)
+        return stream
 
     @contextmanager
     def _lend_state(self, prompt: PromptIds, images: Digests) -> Iterator[DecoderState]:
         yield self._state
 
     def _end_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None:
+            stream.close()
 
 
 def as_list(images: Images) -> list[ImageSource]:

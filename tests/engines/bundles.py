@@ -19,6 +19,8 @@ from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
 from mvlm_export.engines.session import BackendOptions
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 from mvlm_export.exporter.assemble import graph_spec
+from mvlm_export.passes.decoder.choose_greedy_token import ChooseGreedyToken
+from mvlm_export.passes.decoder.keep_last_row import KeepLastRow
 from mvlm_export.passes.graph_io import load_graph, save_graph
 
 ONE_THREAD = BackendOptions(threads=1)
@@ -75,19 +77,8 @@ def add_prefix(bundle: Bundle) -> None:
 
 def add_next_token(graph: gs.Graph) -> None:
     """The likeliest id after the last row as a further output of a decoder."""
-    (logits,) = (output for output in graph.outputs if output.name == "logits")
-    last = gs.Variable("last_row", np.dtype(np.float32), [1, logits.shape[-1]])
-    token = gs.Variable("next_token", np.dtype(np.int64), [1])
-    bounds = [
-        gs.Constant(name, np.array([value], np.int64))
-        for name, value in (("last_start", -1), ("last_end", 2**31), ("last_axis", 0))
-    ]
-    attributes = {"axis": -1, "keepdims": 0}
-    graph.nodes += [
-        gs.Node("Slice", "last_slice", inputs=[logits, *bounds], outputs=[last]),
-        gs.Node("ArgMax", "choose", attributes, inputs=[last], outputs=[token]),
-    ]
-    graph.outputs.append(token)
+    KeepLastRow().apply(graph)
+    assert ChooseGreedyToken().apply(graph).rewritten == 1
 
 
 def take_raw_pixels(graph: gs.Graph) -> None:

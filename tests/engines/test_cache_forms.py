@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mvlm_export.engines.bundle import Bundle
+from mvlm_export.engines.decoder_state import DecoderState
 from mvlm_export.engines.errors import BundleError, EngineError
 from mvlm_export.engines.kv_cache import HostKvCache
 from mvlm_export.engines.ort_session import OrtBackend, OrtDecoder, OrtKvCache
@@ -242,6 +243,40 @@ def test_the_token_is_that_of_the_logits(tiny_fixed: TinyModel) -> None:
         token = decoder.append_greedy(caches[1], IDS[start:stop], EMBEDS)
         assert token == logits.argmax()
         assert caches[1].length == stop
+
+
+@pytest.fixture(scope="module")
+def tiny_choosing(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """The append form with the choice in the graph."""
+    path = tmp_path_factory.mktemp("choosing") / "bundle"
+    return replace(tiny, path=derive_bundle(tiny.path, path, {"decoder": add_next_token}))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("form", ["tiny_choosing", "tiny_fixed"])
+@pytest.mark.parametrize("row", [0, -1], ids=["kept", "new"])
+def test_a_nan_is_an_error_at_once_and_does_not_stay(
+    vlm: VLM, form: str, row: int, temperature: float, request: pytest.FixtureRequest
+) -> None:
+    """In a row that was kept from an earlier turn, too; the next question is answered."""
+    other = VLM.load(request.getfixturevalue(form).path, threads=1, verify=False)
+    settings = {"max_tokens": 6, "ignore_eos": True, "seed": 1, "temperature": temperature}
+    chats = [v.chat() for v in (vlm, other)]
+    first = [chat.ask(QUESTION, PICTURE, **settings).ids for chat in chats]
+    assert first[0] == first[1]
+    stream = chats[1].stream("Why?", **settings)
+    next(stream)
+    poison(chats[1]._state, row)
+    with pytest.raises(EngineError, match="not finite"):
+        stream.read()
+    again = [chat.ask("Why?", **settings).ids for chat in chats]
+    assert again[0] == again[1]
+
+
+def poison(state: DecoderState, row: int) -> None:
+    cache = state.cache
+    assert isinstance(cache, HostKvCache)
+    cache.past(1)[row] = np.nan
 
 
 def test_a_token_outside_the_vocabulary_is_an_error(tiny: TinyModel, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvlm_export.engines.decoder_state import DecoderState, StatePool
+from mvlm_export.engines.decoder_state import FREE_STATES, DecoderState, StatePool
 from mvlm_export.engines.errors import EngineError
 from mvlm_export.engines.kv_cache import CacheShape, HostKvCache
 from mvlm_export.engines.prefix import PromptPrefix
@@ -139,10 +139,31 @@ def test_after_a_failure_nothing_of_it_is_left() -> None:
     cache = state.cache
     assert isinstance(cache, HostKvCache)
     cache.past(1)[2:] = np.nan
-    state.drop_failed(2)
+    state.drop_interrupted(2)
     assert cache.length == 2
     assert np.isfinite(cache._memory[1]).all()
     assert cache.past(1)[:, 0, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("form", ["append", "fixed"])
+def test_starting_anew_trusts_no_row(form: str) -> None:
+    ids = np.array([1, 2], np.int32)
+    rows = ids.astype(np.float32).reshape(2, 1, 1)
+    prefix = PromptPrefix(ids, (rows, rows))
+    state = DecoderState(RowDecoder(form), prefix)  # type: ignore[arg-type]
+    prompt, images = prompt_of(1, 2, 3, "cat")
+    state.rewind(prompt, images)
+    state.prefill(prompt, EMBEDS)
+    cache = state.cache
+    assert isinstance(cache, HostKvCache)
+    for tensor in range(2):
+        cache.past(tensor)[...] = np.nan
+    state.start_anew()
+    assert state.ids.tolist() == [1, 2]
+    for tensor in range(2):
+        assert cache.past(tensor)[:, 0, 0].tolist() == [1, 2]
+        assert form == "append" or np.isfinite(cache._memory[tensor]).all()
+    assert state.shared_rows(prompt, images) == 2
 
 
 def test_no_room_is_an_error_before_anything_is_noted() -> None:
@@ -216,6 +237,57 @@ def test_a_state_comes_back_after_an_error() -> None:
     with pytest.raises(KeyboardInterrupt), pool.lease(*prompt_of(1)):
         raise KeyboardInterrupt
     assert len(pool.free) == 1
+
+
+def test_the_states_longest_unused_are_dropped() -> None:
+    pool, _ = pool_of(0)
+    prompt, images = prompt_of(1)
+    leases = [pool.lease(prompt, images) for _ in range(FREE_STATES + 2)]
+    states = [lease.__enter__() for lease in leases]
+    for lease in leases:
+        lease.__exit__(None, None, None)
+    assert all(a is b for a, b in zip(pool.free, states[2:], strict=True))
+
+
+def test_a_finalizer_may_end_a_lease_while_another_begins() -> None:
+    """The garbage collector runs where it likes; with a lock this would wait for itself."""
+    pool, _ = pool_of(1)
+    prompt, images = prompt_of(1, "cat")
+    ending = [pool.lease(prompt, images)]
+    state = ending[0].__enter__()
+    other = pool.new_state()
+    pool.free.append(other)
+    shared_rows = other.shared_rows
+
+    def collect(*arguments: object) -> int:
+        while ending:
+            ending.pop().__exit__(None, None, None)
+        return shared_rows(*arguments)  # type: ignore[arg-type]
+
+    other.shared_rows = collect  # type: ignore[method-assign]
+    thread = threading.Thread(target=use, args=(pool, 1, "cat"), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert pool.free == [state, other]
+
+
+def test_a_state_that_another_takes_meanwhile_is_left_to_it() -> None:
+    pool, decoder = pool_of(2)
+    taken = []
+
+    def take(*arguments: object) -> int:
+        if first in pool.free:
+            taken.append(pool.free.pop(0))
+        return 9
+
+    first = pool.free[0]
+    first.shared_rows = take  # type: ignore[method-assign]
+    second = pool.free[1]
+    with pool.lease(*prompt_of(1)) as state:
+        assert state is second
+    assert taken == [first]
+    assert decoder.made == 2
 
 
 def test_threads_never_share_a_state() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -218,6 +220,37 @@ def test_a_closed_stream_leaves_everything_usable(tiny: TinyModel) -> None:
     assert len(vlm._states.free) == 1
     assert vlm.generate(None, QUESTION).text == ANSWER
     assert len(vlm._states.free) == 1
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only what nothing refers to any more goes."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_dropped_stream_is_closed_at_once(tiny: TinyModel, no_collector: None) -> None:
+    vlm, decoder = scripted(tiny, [ANSWER])
+    for _ in range(3):
+        for _ in vlm.stream(None, QUESTION):
+            break
+        assert len(vlm._states.free) == 1
+    decoder.script = lambda ids: -1
+    with pytest.raises(EngineError):
+        vlm.generate(None, QUESTION)
+    assert len(vlm._states.free) == 1
+
+
+def test_a_dropped_chat_is_gone_at_once(tiny: TinyModel, no_collector: None) -> None:
+    vlm, _ = scripted(tiny, [ANSWER, ANSWER])
+    chat = vlm.chat()
+    shown = next(chat.stream("What?", PICTURES[0]))
+    assert [turn.answer for turn in chat.conversation.turns] == [shown]
+    assert chat.ask("How many?").text == ANSWER
+    cache = weakref.ref(chat._state.cache)
+    del chat
+    assert cache() is None
 
 
 def test_a_stream_that_was_not_started_has_no_answer(tiny: TinyModel) -> None:

@@ -141,6 +141,35 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             assert PREFIX in str(error)
 
 
+def change_member(path: Path, name: str, old: bytes, new: bytes) -> None:
+    """Replace bytes in a file inside the zip, whose checksum fits afterwards."""
+    with zipfile.ZipFile(path) as source:
+        members = {member: source.read(member) for member in source.namelist()}
+    assert old in members[name]
+    members[name] = members[name].replace(old, new)
+    with zipfile.ZipFile(path, "w") as target:
+        for member, data in members.items():
+            target.writestr(member, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("ids.npy", b"NUMPY", b"NUMBY"),
+        ("key.0.npy", b"NUMPY", b"NUMBY"),
+        ("key.0.npy", b"}", b"("),
+        ("key.0.npy", b"'shape'", b"  shape'"),
+    ],
+    ids=["no-npy-ids", "no-npy-key", "unclosed-header", "no-literal"],
+)
+def test_a_damaged_member(tmp_path: Path, name: str, old: bytes, new: bytes) -> None:
+    path = tmp_path / PREFIX
+    save_prefix(path, random_prefix())
+    change_member(path, name, old, new)
+    with pytest.raises(BundleError, match=r"cannot be read .*`--no-prefix`"):
+        load_prefix(path, MODEL, "float32")
+
+
 # Its rows.
 
 
