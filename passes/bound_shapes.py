@@ -9,6 +9,7 @@ copy by a standard one of the same output shape; where inference gives up, the r
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
@@ -19,6 +20,9 @@ from mvlm_export.engines.errors import PassError
 
 SHAPE_DATA = 1024
 """Constants of at most so many bytes are kept: inference reads shapes out of them."""
+
+MOST_ELEMENTS = 2**63 - 1
+"""Of a tensor: ONNX's inference counts in 64 bits, and goes on with a wrong number."""
 
 Axes = Mapping[str, int]
 """Values of dynamic axes by name."""
@@ -60,7 +64,7 @@ def evaluate_axis(text: str, axes: Axes) -> int | None:
         return axes[text]
     try:
         return _evaluate(ast.parse(text, mode="eval").body, axes)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
@@ -77,14 +81,20 @@ def _evaluate(tree: ast.expr, axes: Axes) -> int | None:
 
 
 def shape_of(value: onnx.ValueInfoProto) -> Shape | None:
-    """What is recorded of a tensor's shape; None if not even its rank is."""
+    """What is recorded of a tensor's shape; None if not even its rank is.
+
+    A negative number, as some tools write for a dynamic axis, says nothing.
+    """
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return None
     return tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
-        for dim in kind.shape.dim
+        dim.dim_value if _has_size(dim) else dim.dim_param or None for dim in kind.shape.dim
     )
+
+
+def _has_size(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    return dim.HasField("dim_value") and dim.dim_value >= 0
 
 
 def is_standard(node: onnx.NodeProto) -> bool:
@@ -107,15 +117,36 @@ def bound_shapes(model: onnx.ModelProto, axes: Axes) -> dict[str, Shape]:
     """Shapes of all tensors, constants included, with the dynamic axes bound.
 
     Axes that the model lacks are ignored; those without a value stay names.
+
+    Raises:
+        PassError: ONNX's inference fails, or a tensor is too large for the values.
     """
     structure = _structure(model, axes)
     known = _infer(structure)
+    _check_sizes(model, known, axes)
     hints = [value for value in _recorded(model, axes) if _is_open(known.get(value.name))]
     if hints:
         structure.graph.value_info.extend(hints)
         # A recorded shape is a hint: what inference finds by itself comes first.
         known = _infer(structure) | {k: v for k, v in known.items() if not _is_open(v)}
+        _check_sizes(model, known, axes)
     return known
+
+
+def _check_sizes(model: onnx.ModelProto, shapes: Mapping[str, Shape], axes: Axes) -> None:
+    for name, shape in shapes.items():
+        if math.prod(axis for axis in shape if isinstance(axis, int)) > MOST_ELEMENTS:
+            raise _too_large(model, name, axes)
+
+
+def _too_large(model: onnx.ModelProto, name: str, axes: Axes) -> PassError:
+    used = {axis for value in model.graph.input for axis in shape_of(value) or ()}
+    values = ", ".join(f"{axis}={size}" for axis, size in axes.items() if axis in used)
+    return PassError(
+        f"The tensor {name!r} of {model.graph.name or 'the graph'} has more than 2**63 "
+        f"elements{f' for {values}' if values else ''}. "
+        f"{'Set smaller values.' if values else 'Check the file with onnx.checker.'}"
+    )
 
 
 def _is_open(shape: Shape | None) -> bool:
@@ -150,7 +181,7 @@ def _structure(model: onnx.ModelProto, axes: Axes) -> onnx.ModelProto:
         _add_stand_in(graph, tensor)
     for node in model.graph.node:
         graph.node.extend(_standard_forms(graph, node))
-    graph.input.extend(_bound(value, axes) for value in model.graph.input)
+    graph.input.extend(_bound(model, value, axes) for value in model.graph.input)
     for value in model.graph.output:
         opened = graph.output.add(name=value.name)
         opened.type.tensor_type.elem_type = value.type.tensor_type.elem_type
@@ -171,7 +202,7 @@ def _add_stand_in(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
 def _standard_forms(graph: onnx.GraphProto, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     if is_standard(node):
         yield node
-    elif node.op_type == "MatMulNBits" and node.input:
+    elif node.op_type == "MatMulNBits" and node.input and node.output:
         weight = f"{node.output[0]}.unpacked"
         stand_in = graph.initializer.add(name=weight, data_type=onnx.TensorProto.FLOAT)
         stand_in.dims.extend((attribute(node, "K", 0), attribute(node, "N", 0)))
@@ -192,16 +223,20 @@ def _first_keeps_width(node: onnx.NodeProto) -> bool:
 
 def _recorded(model: onnx.ModelProto, axes: Axes) -> list[onnx.ValueInfoProto]:
     values = (*model.graph.value_info, *model.graph.output)
-    inner = [_bound(value, axes) for value in values]
+    inner = [_bound(model, value, axes) for value in values]
     return [value for value in inner if not _is_open(shape_of(value))]
 
 
-def _bound(value: onnx.ValueInfoProto, axes: Axes) -> onnx.ValueInfoProto:
+def _bound(
+    model: onnx.ModelProto, value: onnx.ValueInfoProto, axes: Axes
+) -> onnx.ValueInfoProto:
     """A copy with every axis that has a value as a number."""
     copy = onnx.ValueInfoProto()
     copy.CopyFrom(value)
     for dim in copy.type.tensor_type.shape.dim:
         size = evaluate_axis(dim.dim_param, axes) if dim.dim_param else None
+        if size is not None and size > MOST_ELEMENTS:
+            raise _too_large(model, value.name, axes)
         if size is not None and size >= 0:
             dim.dim_value = size
     return copy

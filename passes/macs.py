@@ -124,7 +124,10 @@ def _matmul_nbits(operands: _Operands) -> int:
 
 
 def _attention(operands: _Operands) -> int:
-    """ONNX's Attention: ``Q K^T`` and the product with V, over past and new tokens."""
+    """ONNX's Attention: ``Q K^T`` and the product with V, over past and new tokens.
+
+    Behind a TensorScatter these are all rows of the cache, filled or not.
+    """
     node, query = operands.node, operands.input(0)
     heads = attribute(node, "q_num_heads", 0) if len(query) == 3 else query[1]
     kv_heads = attribute(node, "kv_num_heads", heads)

@@ -9,16 +9,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from mvlm_export.engines.errors import PassError
 
-from .bound_shapes import Axes, Shape, graph_inputs, shape_of
+from .bound_shapes import MOST_ELEMENTS, Axes, Shape, graph_inputs, shape_of
 from .graph_io import export_structure
 from .macs import MacCount, count_macs, dynamic_axes, operator_name
 
@@ -108,7 +110,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """A model without its external data.
 
     Raises:
-        PassError: the file is missing or no ONNX model.
+        PassError: the file is missing or no ONNX model, or its nodes make a cycle.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -118,7 +120,44 @@ def read_model(path: Path) -> onnx.ModelProto:
         ) from error
     if not model.opset_import or not model.graph.output:
         raise PassError(f"{path} is no ONNX model: it has no graph. Give an .onnx file.")
+    broken = next((text for text in _texts(model) if isinstance(text, bytes)), None)
+    if broken is not None:
+        raise PassError(
+            f"{path} is no ONNX model: the text {broken!r} in it is not UTF-8. Copy the file "
+            "again, or export it again."
+        )
+    cycle = _cycle(model.graph)
+    if cycle:
+        raise PassError(
+            f"{path} is no ONNX model: its nodes make a cycle, {' → '.join(cycle)}. Export "
+            "the model again."
+        )
     return model
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """All texts of a model; what is not UTF-8 comes as bytes."""
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_STRING:
+            yield from [value] if isinstance(value, (str, bytes)) else value
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _texts(part)
+
+
+def _cycle(graph: onnx.GraphProto) -> list[str]:
+    """Nodes each of which reads from the one before it, first and last the same; or none."""
+    makers = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    read = {
+        index: [makers[name] for name in node.input if name in makers]
+        for index, node in enumerate(graph.node)
+    }
+    try:
+        TopologicalSorter(read).prepare()
+    except CycleError as error:
+        nodes = (graph.node[index] for index in error.args[1])
+        return [f"{node.op_type} {node.name or node.output[0]!r}" for node in nodes]
+    return []
 
 
 def graph_statistics(graph: gs.Graph, axes: Axes) -> GraphStatistics:
@@ -184,11 +223,16 @@ def _weights(graph: onnx.GraphProto) -> Iterator[WeightInfo]:
         if node.op_type == "Constant":
             for item in node.attribute:
                 if item.HasField("t"):
-                    yield _weight(node.output[0], item.t)
+                    yield _weight(next(iter(node.output), node.name), item.t)
 
 
 def _weight(name: str, tensor: onnx.TensorProto) -> WeightInfo:
     shape = tuple(tensor.dims)
+    if min(shape, default=1) < 0 or math.prod(shape) > MOST_ELEMENTS:
+        raise PassError(
+            f"The weight {name!r} cannot have the shape {list(shape)}: the file is damaged. "
+            "Export the model again."
+        )
     size = _stored_bytes(math.prod(shape), tensor.data_type)
     return WeightInfo(name, dtype_name(tensor.data_type), shape, size)
 

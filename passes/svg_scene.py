@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
 
 import onnx_graphsurgeon as gs
 
@@ -223,12 +224,30 @@ def build_scene(
 
     Args:
         marked: ids of nodes to draw with a thick border.
+
+    Raises:
+        PassError: the nodes make a cycle: they have no order from top to bottom.
     """
     builder = _Builder(graph, nodes)
     builder.add_sources()
     builder.add_nodes(marked)
     builder.add_sinks()
+    _check_order(builder)
     return Scene(tuple(builder.boxes), tuple(builder.connections))
+
+
+def _check_order(builder: _Builder) -> None:
+    above: dict[int, list[int]] = {}
+    for item in builder.connections:
+        above.setdefault(item.target, []).append(item.source)
+    try:
+        TopologicalSorter(above).prepare()
+    except CycleError as error:
+        boxes = (builder.boxes[index].tooltip for index in error.args[1])
+        raise PassError(
+            f"{builder.graph.name or 'The graph'} cannot be drawn: its nodes make a cycle, "
+            f"{' → '.join(boxes)}. Export the model again."
+        ) from error
 
 
 def _arriving(node: gs.Node) -> list[gs.Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from .base import numpy_dtype
@@ -148,7 +149,10 @@ def shape_text(shape: Sequence[Any] | None) -> str:
 
 def dtype_text(tensor: gs.Tensor) -> str:
     """``float32``; empty if it is not known."""
-    return "" if tensor.dtype is None else str(numpy_dtype(tensor))
+    code = tensor.dtype
+    if isinstance(code, int) and code not in onnx.helper.get_all_tensor_dtypes():
+        return f"dtype {code}" if code else ""
+    return "" if code is None else str(numpy_dtype(tensor))
 
 
 def tensor_text(tensor: gs.Tensor) -> str:
@@ -194,17 +198,22 @@ def attribute_lines(node: gs.Node, width: int = 30, most: int = 3) -> list[str]:
 
 def _goes_without_saying(key: str, value: Any) -> bool:  # noqa: ANN401
     if key in ("strides", "dilations"):
-        return all(step == 1 for step in value)
+        return all(step == 1 for step in _listed(value))
     if key == "pads":
-        return not any(value)
-    return key in _PLAIN and bool(value == _PLAIN[key])
+        return not any(_listed(value))
+    return isinstance(value, (int, float, str)) and value == _PLAIN.get(key)
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401
+    """A list as it is; of anything else, which does not belong there, a list."""
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _attribute_text(key: str, value: Any) -> str:  # noqa: ANN401
     if key == "to":
         return _DTYPE_CODES.get(value, str(value)) if isinstance(value, int) else str(value)
     if key == "kernel_shape":
-        return "×".join(map(str, value))
+        return "×".join(map(str, _listed(value)))
     if isinstance(value, (list, tuple)):
         return " ".join(map(_number, value))
     return _number(value)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
 
+from mvlm_export.engines.bundle import MANIFEST
 from mvlm_export.engines.errors import InputError, MvlmError
 
 from .console import print_json, print_line
@@ -27,7 +30,9 @@ Examples:
 A GRAPH is an .onnx file; its data file is not read and may be missing. MACs are
 multiply-accumulates of products, convolutions and attention for given values of
 the dynamic axes: B images, S new tokens, T tokens in the cache. For a decoder
-they are shown for a prefill (S=256, T=0) and a decode step (S=1, T=1024).
+they are shown for a prefill (S=256, T=0) and a decode step (S=1, T=1024), or what
+its cache holds. Of a cache of fixed size GroupQueryAttention reads the T filled rows
+alone; Attention behind a TensorScatter computes all rows, and is counted so.
 """
 
 
@@ -75,6 +80,8 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Say what a graph or a bundle is made of, compare two, draw a graph."""
+    path = None if path is None else _without_manifest(path)
+    diff = None if diff is None else (_without_manifest(diff[0]), _without_manifest(diff[1]))
     paths: tuple[Path, ...] = diff or ((path,) if path else ())
     _check_options(path, diff, svg, around, depth)
     from .inspect_report import parse_axes
@@ -86,6 +93,11 @@ def inspect(
     show(as_json)
     if svg is not None and not as_json:
         print_line(f"Drawn: {svg}")
+
+
+def _without_manifest(path: Path) -> Path:
+    """A bundle may be named by its manifest; from here on it is its folder."""
+    return path.parent if path.name == MANIFEST and path.is_file() else path
 
 
 def _check_options(
@@ -115,14 +127,16 @@ def _check_options(
                 f"{item} is a bundle, and one graph is drawn at a time. Give "
                 f"{item / 'decoder' / 'model.onnx'}, say."
             )
+        if svg is not None and svg.exists() and svg.samefile(item):
+            raise InputError(f"--svg {svg} would replace the graph. Choose another file.")
 
 
 def _inspect(path: Path, axes: Mapping[str, int]) -> Show:
-    from .inspect_report import inspect_bundle, inspect_graph, is_bundle, require_axes
+    from .inspect_report import inspect_bundle, inspect_graph, require_axes
     from .inspect_tables import print_bundle, print_graph
 
-    if is_bundle(path):
-        bundle = inspect_bundle(path if path.is_dir() else path.parent, axes)
+    if path.is_dir():
+        bundle = inspect_bundle(path, axes)
         require_axes(axes, bundle.graphs.values())
 
         def show_bundle(as_json: bool) -> None:
@@ -165,7 +179,8 @@ def _draw(paths: tuple[Path, ...], svg: Path, around: str | None, depth: int | N
     from mvlm_export.passes.draw import draw_difference, draw_graph
     from mvlm_export.passes.graph_io import load_graph
 
-    graphs = [load_graph(path) for path in paths]
+    with redirect_stdout(io.StringIO()):  # gs prints its warnings, amid JSON as well
+        graphs = [load_graph(path) for path in paths]
     titles = [str(path) for path in paths]
     if len(graphs) == 1:
         picture = draw_graph(graphs[0], None, around, depth)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from mvlm_export.engines.bundle import MANIFEST, Bundle
+from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import InputError
+from mvlm_export.engines.kv_cache import cache_names
+from mvlm_export.passes.bound_shapes import graph_inputs, shape_of
 from mvlm_export.passes.comparison import Comparison, compare
-from mvlm_export.passes.macs import MacCount, count_macs
+from mvlm_export.passes.macs import PAST_LENGTH, MacCount, count_macs
 from mvlm_export.passes.statistics import GraphStatistics, model_statistics, read_model
 
 DEFAULTS = {"B": 1, "I": 1, "S": 1, "T": 1024}
@@ -161,7 +164,8 @@ def inspect_graph(path: Path, axes: Mapping[str, int]) -> GraphReport:
     Raises:
         MvlmError: no ONNX model.
     """
-    return _report(path, read_model(path), axes, DECODE["T"])
+    model = read_model(path)
+    return _report(path, model, axes, _longest_past([model]))
 
 
 def inspect_bundle(path: Path, axes: Mapping[str, int]) -> BundleReport:
@@ -193,18 +197,23 @@ def inspect_bundle(path: Path, axes: Mapping[str, int]) -> BundleReport:
 def compare_paths(
     before: Path, after: Path, axes: Mapping[str, int]
 ) -> list[ComparisonReport]:
-    """Compare two graphs, or each graph of two bundles.
+    """Compare two graphs, or each graph of two bundles, which are given as folders.
 
     Raises:
         MvlmError: as for one, or a graph and a bundle.
     """
-    if is_bundle(before) != is_bundle(after):
+    if before.is_dir() != after.is_dir():
         raise InputError(
             f"{before} and {after} are a bundle and a graph. Compare two graphs, or two "
             "bundles."
         )
-    if not is_bundle(before):
-        pair = inspect_graph(before, axes), inspect_graph(after, axes)
+    if not before.is_dir():
+        models = [read_model(path) for path in (before, after)]
+        longest = _longest_past(models)
+        pair = [
+            _report(path, model, axes, longest)
+            for path, model in zip((before, after), models, strict=True)
+        ]
         require_axes(axes, pair)
         return [_compare(None, *pair)]
     old, new = (inspect_bundle(path, axes).graphs for path in (before, after))
@@ -225,18 +234,28 @@ def _compare(name: str | None, before: GraphReport, after: GraphReport) -> Compa
     return ComparisonReport(name, before.path, after.path, found)
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether a path is meant as a bundle: a folder, or its manifest."""
-    return path.is_dir() or path.name == MANIFEST
-
-
 def _report(
     path: Path, model: onnx.ModelProto, axes: Mapping[str, int], longest: int
 ) -> GraphReport:
+    """Examine a model whose cache holds ``longest`` tokens and a new one."""
     statistics = model_statistics(model, {**DEFAULTS, **axes})
     uses = _uses(statistics.axes, axes, longest)
     workloads = tuple(Workload(name, count_macs(model, use)) for name, use in uses.items())
     return GraphReport(path, statistics, workloads, _file_bytes(path, model))
+
+
+def _longest_past(models: Iterable[onnx.ModelProto]) -> int:
+    """Rows that each model's cache has room for before a new one; 1024 if any number.
+
+    A cache of the fixed form is [1, heads, rows, width].
+    """
+    longest = DECODE["T"]
+    for model in models:
+        shapes = {value.name: shape_of(value) for value in graph_inputs(model.graph)}
+        past = shapes.get(cache_names("past_key_values", 1)[0]) or ()
+        if PAST_LENGTH in shapes and len(past) == 4 and isinstance(past[2], int):
+            longest = min(longest, max(past[2] - 1, 1))
+    return longest
 
 
 def _uses(
@@ -285,10 +304,27 @@ def _passes(bundle: Bundle) -> dict[str, list[Mapping[str, Any]]]:
     if not isinstance(recorded, Mapping):
         return {}
     return {
-        name: [record for record in records if isinstance(record, Mapping)]
+        name: [record for record in records if _is_record(record)]
         for name, records in recorded.items()
         if isinstance(records, (list, tuple))
     }
+
+
+def _is_record(record: object) -> bool:
+    """Whether a pass's record has a name, counts, pairs of sizes and refusals of its form."""
+    if not isinstance(record, Mapping):
+        return False
+    counts = [record.get(key) for key in ("matched", "rewritten")]
+    pairs = [record.get(key, [0, 0]) for key in ("nodes", "initializers", "bytes")]
+    refusals = record.get("refusals", [])
+    if not all(isinstance(item, (list, tuple)) for item in (*pairs, refusals)):
+        return False
+    return (
+        isinstance(record.get("name"), str)
+        and all(type(count) is int for count in (*counts, *chain(*pairs)))
+        and all(len(pair) == 2 for pair in pairs)
+        and all(isinstance(refusal, Mapping) for refusal in refusals)
+    )
 
 
 def _prefix_tokens(bundle: Bundle) -> int | None:

@@ -195,7 +195,10 @@ def print_passes(graph: str, records: Sequence[Mapping[str, Any]]) -> None:
     if rows:
         columns = ("pass", "rewritten", "nodes", "weights")
         print_table(f"Passes on {graph}", columns, rows)
-    idle = [str(record.get("name")) for record in records if not record.get("matched")]
+    used = {record.get("name") for record in busy}
+    idle = dict.fromkeys(
+        str(record["name"]) for record in records if record["name"] not in used
+    )
     if idle:
         print_line(f"Passes that found nothing in {graph}: {', '.join(idle)}.")
     refusals = [

@@ -65,11 +65,11 @@ def type_mvlm(*arguments):
     return run_command(mvlm, ["inspect", *map(str, arguments)], "mvlm")
 
 
-def write_bundle(path, **changes):
+def write_bundle(path, decoder=DECODER, **changes):
     with BundleWriter(path, overwrite=True) as writer:
-        for name, text in TEXTS.items():
-            graph = parse_graph(text, **WEIGHTS[name])
-            save_graph(graph, writer.folder / name / "model.onnx")
+        for name, text in {**TEXTS, "decoder": decoder}.items():
+            weights = WEIGHTS[name] if text is TEXTS[name] else {}
+            save_graph(parse_graph(text, **weights), writer.folder / name / "model.onnx")
         (writer.folder / "tokenizer").mkdir()
         (writer.folder / "tokenizer" / "tokenizer.model").write_bytes(b"words")
         np.savez(writer.folder / "prefix.npz", ids=np.arange(7, dtype=np.int32))
@@ -200,6 +200,110 @@ def test_a_bundle_without_a_pass_report(tmp_path, capsys, passes):
     assert "Passes on" not in output(capsys, path)
 
 
+RECORD = {"name": "merge-qkv", "matched": 1, "rewritten": 1, "refusals": []}
+MALFORMED = [
+    {"bytes": ["many", "few"]},
+    {"bytes": 7},
+    {"bytes": [1, 2, 3]},
+    {"nodes": [1.5, None]},
+    {"name": None},
+    {"matched": "one"},
+    {"rewritten": None},
+    {"refusals": 3},
+    {"refusals": ["because"]},
+]
+
+
+@pytest.mark.parametrize("change", MALFORMED)
+def test_a_malformed_pass_record_is_left_out(tmp_path, capsys, change):
+    records = [RECORD, {**RECORD, "name": "fold-odd", **change}]
+    path = write_bundle(tmp_path / "b", checks={"passes": {"projector": records}})
+    assert output_json(capsys, path)["passes"] == {"projector": [RECORD]}
+    text = output(capsys, path)
+    assert "merge-qkv" in text
+    assert "fold-odd" not in text
+
+
+def test_a_pass_that_found_something_once_is_not_named_as_idle(tmp_path, capsys):
+    idle = {**RECORD, "matched": 0, "rewritten": 0}
+    records = [idle, RECORD, {**idle, "name": "fold"}, {**idle, "name": "fold"}]
+    path = write_bundle(tmp_path / "b", checks={"passes": {"projector": records}})
+    assert "Passes that found nothing in projector: fold." in output(capsys, path)
+
+
+def test_a_bundle_may_be_named_by_its_manifest(bundle, capsys, monkeypatch):
+    wanted = output_json(capsys, bundle)
+    assert output_json(capsys, bundle / "manifest.json") == wanted
+    found = output_json(capsys, "--diff", bundle / "manifest.json", bundle)["graphs"]
+    assert len(found) == 3
+    monkeypatch.chdir(bundle)
+    assert output_json(capsys, "manifest.json")["graphs"].keys() == wanted["graphs"].keys()
+
+
+FIXED = """
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+decoder (float[1,S,8] x, int64[1] past_length, float[1,1,64,8] KEY, float[1,1,64,8] VALUE,
+         int32[1] filled, int32 total)
+    => (float[1,S,8] y, float[1,1,64,8] NEW_KEY, float[1,1,64,8] NEW_VALUE)
+{ y, NEW_KEY, NEW_VALUE = com.microsoft.GroupQueryAttention
+      <num_heads = 1, kv_num_heads = 1> (x, x, x, KEY, VALUE, filled, total) }
+"""
+SCATTERED = """
+<ir_version: 10, opset_import: ["" : 24]>
+decoder (float[1,1,S,8] x, int64[1] past_length, float[1,1,64,8] KEY, float[1,1,64,8] VALUE)
+    => (float[1,1,S,8] y, float[1,1,64,8] NEW_KEY, float[1,1,64,8] NEW_VALUE)
+{ NEW_KEY = TensorScatter<axis = -2>(KEY, x, past_length)
+  NEW_VALUE = TensorScatter<axis = -2>(VALUE, x, past_length)
+  y = Attention(x, NEW_KEY, NEW_VALUE) }
+"""
+NAMES = {"KEY": "past_key_values.0.key", "VALUE": "past_key_values.0.value"}
+
+
+def name_cache(model):
+    """Names with dots, which the textual form has no place for."""
+    values = (*model.graph.input, *model.graph.output)
+    for value in values:
+        value.name = NAMES.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [NAMES.get(name, name) for name in node.input]
+    return model
+
+
+def write_model(path, text):
+    onnx.save(name_cache(onnx.parser.parse_model(text)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "prefill", "decode"),
+    [(FIXED, 63 * 63, 64), (SCATTERED, 63 * 64, 64)],
+    ids=["filled rows", "all rows"],
+)
+def test_a_fixed_cache_is_counted_up_to_its_capacity(tmp_path, capsys, text, prefill, decode):
+    macs = output_json(capsys, write_model(tmp_path / "f.onnx", text))["macs"]
+    assert macs["prefill"]["axes"] == {"S": 63, "T": 0}
+    assert macs["decode"]["axes"] == {"S": 1, "T": 63}
+    assert macs["prefill"]["total"] == 2 * 8 * prefill
+    assert macs["decode"]["total"] == 2 * 8 * decode
+
+
+def test_two_forms_of_a_cache_are_compared_at_one_length(tmp_path, decoder, capsys):
+    fixed = write_model(tmp_path / "f.onnx", FIXED)
+    (found,) = output_json(capsys, "--diff", decoder, fixed)["graphs"]
+    decode = found["comparisons"]["decode S=1 T=63"]["macs"]
+    assert (decode["before"], decode["after"]) == (prefill_macs(1, 63), 2 * 8 * 64)
+
+
+def test_a_fixed_bundle(tmp_path, capsys):
+    path = write_bundle(tmp_path / "b", kv_form="fixed", decoder=FIXED)
+    found = output_json(capsys, path)
+    assert found["kv_form"] == "fixed"
+    assert found["graphs"]["decoder"]["macs"]["decode"]["axes"] == {"S": 1, "T": 127}
+    text = output(capsys, path)
+    assert "fixed, 128 positions at most" in text
+    assert "past_length int64 [1]" in " ".join(text.split())
+
+
 def test_engines_of_a_bundle(tmp_path, capsys):
     path = write_bundle(tmp_path / "b")
     folder = path / "engines" / "orin-trt10.3-sm87"
@@ -281,6 +385,11 @@ BAD = {
     "around without a picture": (["{decoder}", "--around", "x"], "add --svg"),
     "depth without around": (["{decoder}", "--svg", "x.svg", "--depth", "2"], "add --around"),
     "a picture of a bundle": (["{bundle}", "--svg", "x.svg"], "one graph is drawn at a time"),
+    "a picture of a bundle by its manifest": (
+        ["{bundle}/manifest.json", "--svg", "x.svg"],
+        "one graph is drawn at a time",
+    ),
+    "a picture in the graph's place": (["{decoder}", "--svg", "{decoder}"], "would replace"),
     "no place for the picture": (
         ["{decoder}", "--svg", "{folder}/no/x.svg"],
         "cannot be writ",
@@ -306,6 +415,88 @@ def test_errors_are_one_message_and_exit_2(
     assert caught.err.count("Error: ") == 1
     assert message in caught.err.replace("\n", " ")
     assert "Traceback" not in caught.err
+
+
+RELU = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[S,4] a) => (float[S,4] y) { y = Relu(a) }
+"""
+
+
+def relu(**values):
+    model = onnx.parser.parse_model(RELU.replace("Relu(a)", "Add(a, w)") if values else RELU)
+    if values:
+        weight = onnx.helper.make_tensor("w", 1, [4], [0.0] * 4)
+        for field, value in values.items():
+            setattr(weight, field, value)
+        model.graph.initializer.append(weight)
+    return model
+
+
+def with_unknown_dtype():
+    model = relu()
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    return model
+
+
+def with_sparse_constant():
+    model = relu()
+    model.graph.sparse_initializer.add()
+    return model
+
+
+def with_short_data():
+    model = relu(raw_data=b"abc")
+    model.graph.initializer[0].ClearField("float_data")
+    return model
+
+
+DAMAGED = {
+    "short data": with_short_data,
+    "unknown dtype": with_unknown_dtype,
+    "unknown dtype of a weight": lambda: relu(data_type=99),
+    "sparse constant": with_sparse_constant,
+}
+
+
+@pytest.mark.parametrize("make", DAMAGED.values(), ids=DAMAGED)
+def test_what_cannot_be_drawn_can_be_counted(make, tmp_path, capsys):
+    onnx.save(make(), tmp_path / "odd.onnx")
+    assert output_json(capsys, tmp_path / "odd.onnx")["nodes"] == 1
+    assert "odd.onnx" in output(capsys, tmp_path / "odd.onnx")
+    assert type_mvlm(tmp_path / "odd.onnx", "--svg", tmp_path / "x.svg") == 2
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err.count("Error: ") == 1
+    assert "odd.onnx" in caught.err
+    assert not (tmp_path / "x.svg").exists()
+
+
+CYCLE = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[S,4] a) => (float[S,4] y) { z = Add(y, a)  y = Relu(z) }
+"""
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"], ["--svg", "{folder}/x.svg"]])
+def test_a_cycle_is_one_message(tmp_path, capsys, extra):
+    path = write_model(tmp_path / "cycle.onnx", CYCLE)
+    assert type_mvlm(path, *(item.format(folder=tmp_path) for item in extra)) == 2
+    assert type_mvlm("--diff", path, path) == 2
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err.count("its nodes make a cycle, ") == 2
+    assert "Relu 'y'" in caught.err
+
+
+def test_an_axis_that_is_too_large_is_named(tmp_path, capsys):
+    text = RELU.replace("float[S,4] y", "float[N,4] y")
+    model = onnx.parser.parse_model(text)
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "S*S*S*S"
+    onnx.save(model, tmp_path / "big.onnx")
+    assert type_mvlm(tmp_path / "big.onnx", "--set", "S=3") == 0
+    assert type_mvlm(tmp_path / "big.onnx", "--set", "S=2147483647") == 2
+    assert "more than 2**63 elements for S=2147483647" in capsys.readouterr().err
 
 
 def test_a_damaged_prefix_is_one_message(tmp_path, capsys):

@@ -48,6 +48,26 @@ def texts(picture):
     return [item.text for item in ET.fromstring(picture).iter(f"{SVG}text")]
 
 
+def test_a_cycle_cannot_be_drawn_but_a_part_of_it_can():
+    graph = chain()
+    relu, add, _ = graph.nodes
+    relu.name, add.name = "first", "second"
+    relu.inputs = [add.outputs[0]]
+    with pytest.raises(PassError, match=r"make a cycle, .*(Relu first → Add|Add second → Re)"):
+        draw_graph(graph)
+    assert "Relu" in texts(draw_graph(graph, None, "first", 0))
+
+
+def test_attributes_and_dtypes_of_no_use_are_drawn_all_the_same():
+    graph = chain()
+    graph.nodes[0].attrs |= {"strides": 2, "pads": 0, "kernel_shape": 3}
+    graph.nodes[0].outputs[0].dtype = 0
+    graph.nodes[1].outputs[0].dtype = 99
+    shown = " ".join(texts(draw_graph(graph)))
+    assert "kernel 3" in shown
+    assert "[B, 4] dtype 99" in shown
+
+
 def test_everything_is_in_the_picture():
     shown = texts(draw_graph(chain(), "A chain"))
     assert shown[:2] == ["A chain", "3 nodes, opset 20"]

@@ -22,6 +22,72 @@ from tests.passes.graphs import nano_config, nano_graph, parse_graph, random_fee
 DECODE = {"S": 1, "T": 100, "I": 1}
 
 
+@pytest.mark.parametrize(
+    ("nodes", "cycle"),
+    [
+        ([("Add", "y a", "y")], "Add 'y' → Add 'y'"),
+        ([("Add", "y a", "z"), ("Relu", "z", "y")], "Relu 'y'"),
+        ([("Relu", "a", "b"), ("Add", "b z", "y"), ("Neg", "y", "z")], "Neg 'z'"),
+    ],
+)
+def test_a_cycle_is_refused(tmp_path, nodes, cycle):
+    made = [helper.make_node(op, read.split(), [write]) for op, read, write in nodes]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "ay"]
+    graph = helper.make_graph(made, "g", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph), tmp_path / "cycle.onnx")
+    with pytest.raises(PassError, match="its nodes make a cycle") as caught:
+        file_statistics(tmp_path / "cycle.onnx", {})
+    assert cycle in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"Sigmoid", b"inner_x", b"axis_S"])
+def test_text_that_is_not_utf_8_is_refused(tmp_path, text):
+    node = helper.make_node("Sigmoid", ["inner_x"], ["y"])
+    data = one_node(node, [("inner_x", ["axis_S"])], None).SerializeToString()
+    (tmp_path / "bad.onnx").write_bytes(data.replace(text, b"\xff" + text[1:]))
+    with pytest.raises(PassError, match="is not UTF-8"):
+        file_statistics(tmp_path / "bad.onnx", {})
+
+
+@pytest.mark.parametrize("dims", [[-4, 3], [2**40, 2**40]])
+def test_a_weight_of_an_impossible_shape_is_refused(dims):
+    node = helper.make_node("Identity", ["w"], ["y"])
+    model = one_node(node, [("x", [1])], None)
+    weight = model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT)
+    weight.dims.extend(dims)
+    with pytest.raises(PassError, match=r"weight 'w' cannot have the shape"):
+        model_statistics(model, {})
+
+
+@given(size=st.integers(1, 2**31 - 1), rank=st.integers(1, 5))
+def test_shapes_are_right_or_refused(size, rank):
+    """ONNX multiplies in 64 bits and would go on with a wrong number."""
+    node = helper.make_node("Reshape", ["x", "to"], ["y"])
+    model = one_node(node, [("x", ["S"] * rank)], None)
+    model.graph.initializer.append(helper.make_tensor("to", TensorProto.INT64, [1], [-1]))
+    if size**rank < 2**63:
+        assert bound_shapes(model, {"S": size})["y"] == (size**rank,)
+    else:
+        with pytest.raises(PassError, match=rf"'x' of g has more than .* for S={size}\."):
+            bound_shapes(model, {"S": size})
+
+
+def test_a_negative_axis_says_nothing():
+    node = helper.make_node("MatMul", ["x", "x"], ["y"])
+    count = count_macs(one_node(node, [("x", [-1, 4, 4])], [-1, 4, 4]), {})
+    assert count.total == 0
+    assert "has no value" in count.uncounted[0].reason
+
+
+def test_a_constant_without_an_output_is_one_message():
+    node = helper.make_node("Relu", ["x"], ["y"])
+    model = one_node(node, [("x", [1])], None)
+    value = helper.make_tensor("v", TensorProto.FLOAT, [1], [0.0])
+    model.graph.node.append(helper.make_node("Constant", [], [], value=value))
+    with pytest.raises(PassError, match="cannot be inferred"):
+        model_statistics(model, {})
+
+
 W = np.zeros((4, 2), np.float32)
 
 
