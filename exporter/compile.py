@@ -22,7 +22,7 @@ from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 from mvlm_export.engines.trt_api import load_tensorrt
 from mvlm_export.passes.conformance import check_conformance
-from mvlm_export.passes.pipeline import PipelineOptions, check_names
+from mvlm_export.passes.pipeline import PipelineOptions, require_enabled
 
 from .assemble import (
     checkpoint_source,
@@ -128,8 +128,7 @@ class Compiler:
             return CompileResult(writer.commit(), report, parity)
 
     def _check_packages(self) -> None:
-        """Packages and passes that are needed later are asked for now."""
-        check_names(self.given.disabled_passes, self.given.enabled_passes)
+        """Packages that are needed later are asked for now."""
         if self.resolved.builds_here:
             load_tensorrt(self.resolved.target.runtime)
         if importlib.util.find_spec("onnxruntime") is not None:
@@ -229,10 +228,12 @@ class Compiler:
             frozenset(given.enabled_passes),
             self.listener.advance,
         )
+        facts, target = model_facts(config, model), self.resolved.target
+        require_enabled(facts, target, options)
         return GraphPlan(
             config,
-            model_facts(config, model),
-            self.resolved.target,
+            facts,
+            target,
             options,
             given.dump_dir,
             given.verify_passes,

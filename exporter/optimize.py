@@ -19,7 +19,7 @@ from mvlm_export.passes.pipeline import (
     build_pipeline,
     cache_form,
 )
-from mvlm_export.passes.verify import AXES, OrtVerifier
+from mvlm_export.passes.verify import IdRange, OrtVerifier
 
 from .geometry import ModelConfig
 from .graphs import WeightSource, bind_weights, capture_graph, write_graph
@@ -52,7 +52,7 @@ class GraphPlan:
         """What runs the graphs before and after each pass, if that was asked for."""
         if not self.verify:
             return None
-        ids = self.config.text.vocab_size + AXES["I"]  # image rows are named by ids as well
+        ids = IdRange(self.config.text.vocab_size, rows=True)
         return OrtVerifier({"input_ids": ids}, threads=self.threads)
 
 

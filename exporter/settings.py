@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
     """Fill in the defaults.
 
     Raises:
-        InputError: an unknown target, JetPack, recipe or template.
+        InputError: an unknown target, JetPack, recipe, template or pass; passes that
+            contradict each other or the recipe; a dump folder that cannot be used.
     """
     target = get_target(settings.target, settings.jetpack)
     recipe = settings.recipe or target.default_recipe
@@ -124,6 +126,9 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
     get_template(settings.template)
     folder = (settings.model or nano_checkpoint()).resolve()
     output = settings.output or Path(f"{folder.name}-{target.name}-{recipe}.bundle")
+    _check_passes(settings, recipe)
+    if settings.dump_dir is not None:
+        _check_dump_dir(settings.dump_dir, output)
     builds_here = target.has_engines and (target.builds_on_host or this_device_is(target))
     return ResolvedSettings(
         given=settings,
@@ -135,3 +140,34 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
         samples=settings.samples or default_samples(),
         builds_here=builds_here,
     )
+
+
+def _check_passes(settings: CompileSettings, recipe: str) -> None:
+    if not (settings.disabled_passes or settings.enabled_passes):
+        return
+    from mvlm_export.passes.pipeline import FLOAT16_PASS, check_names
+
+    check_names(settings.disabled_passes, settings.enabled_passes)
+    if RECIPES[recipe] == "float16" and FLOAT16_PASS in settings.disabled_passes:
+        raise InputError(
+            f"The recipe {recipe} is made by the pass {FLOAT16_PASS!r}, which is disabled. "
+            "Compile with --recipe fp32 instead."
+        )
+
+
+def _check_dump_dir(folder: Path, output: Path) -> None:
+    dumps, bundle = folder.resolve(), output.resolve()
+    if dumps == bundle or bundle in dumps.parents or dumps in bundle.parents:
+        raise InputError(
+            f"--dump-dir {folder} and the bundle {output} lie one in the other, and the "
+            "bundle is put in place as a whole. Choose another folder for the dumps."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--dump-dir {folder} cannot be written ({error.strerror or error}). Choose "
+            "another folder."
+        ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +23,7 @@ from .deferred import Array, stored_bytes
 from .graph_io import save_structure
 from .matching import describe
 from .type_inference import infer_types, require_sound
+from .type_inference import numpy_dtype as numpy_dtype
 
 Tensors = Mapping[str, Array]
 """Inputs or outputs of a graph by name."""
@@ -148,13 +149,33 @@ class Pass(ABC):
             PassError: the pass cannot run on this graph, or left it invalid.
         """
         self.requires(graph)
+        inputs, outputs = _border(graph.inputs), _border(graph.outputs)
         result = self.run(graph)
         if result.rewritten:
             require_sound(graph)
             graph.cleanup().toposort()
             infer_types(graph)
+        if type(self).feeds_before is Pass.feeds_before:
+            _require_same("inputs", inputs, _border(graph.inputs))
+        if type(self).outputs_after is Pass.outputs_after:
+            _require_same("outputs", outputs, _border(graph.outputs))
         self.ensures(graph)
         return result
+
+
+def _border(tensors: Sequence[gs.Tensor]) -> list[str]:
+    """Names, dtypes and axes, as the caller sees them."""
+    return [f"{t.name} {numpy_dtype(t)} {list(t.shape or [])}" for t in tensors]
+
+
+def _require_same(kind: str, before: list[str], after: list[str]) -> None:
+    if before != after:
+        lost = [text for text in before if text not in after] or before
+        new = [text for text in after if text not in before] or after
+        raise PassError(
+            f"it changed the graph's {kind} from {', '.join(lost)} to {', '.join(new)}, and "
+            "says nothing of it (feeds_before, outputs_after)"
+        )
 
 
 @dataclass(frozen=True)
@@ -233,7 +254,7 @@ class PassManager:
     Attributes:
         steps: the pipeline.
         dump_dir: gets ``NN-pass.onnx`` after each pass that changed something (structure and
-            small constants; weights are left out).
+            small constants; weights are left out). Dumps of an earlier run are removed.
         verifier: runs each graph before and after each pass.
         listener: called with (passes done, passes in all, name).
     """
@@ -242,7 +263,6 @@ class PassManager:
     dump_dir: Path | None = None
     verifier: Verifier | None = None
     listener: Callable[[int, int, str], None] | None = None
-    _done: list[PassRecord] = field(default_factory=list, init=False, repr=False)
 
     def run(self, graph: gs.Graph) -> list[PassRecord]:
         """Apply every step to ``graph``, in place.
@@ -254,6 +274,9 @@ class PassManager:
         records: list[PassRecord] = []
         if self.verifier is not None:
             self.verifier.begin(graph)
+        if self.dump_dir is not None:
+            for old in self.dump_dir.glob("[0-9][0-9]-*.onnx"):
+                old.unlink()
         self._dump(graph, 0, "captured")
         for index, step in enumerate(self.steps, 1):
             records.append(self._run_step(graph, index, step, records))
@@ -310,11 +333,3 @@ def _failure(
         f"Pass {index}, {rewrite.name}, failed on {graph.name or 'the graph'}: {detail}. "
         f"Passes before it: {before}."
     )
-
-
-def numpy_dtype(tensor: gs.Tensor) -> Any:  # noqa: ANN401
-    """The numpy dtype of a tensor, whose dtype graph-surgeon may hold as ONNX's number."""
-    import onnx
-
-    dtype = tensor.dtype
-    return onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype

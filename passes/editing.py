@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mvlm_export.engines.errors import PassError
+
 from .deferred import Array
 
 Operand: TypeAlias = "gs.Tensor | Array"
@@ -73,7 +75,16 @@ def insert_node(
 
 
 def replace_tensor(graph: gs.Graph, old: gs.Tensor, new: gs.Variable) -> None:
-    """Let every consumer of ``old`` use ``new``; a graph output keeps its name."""
+    """Let every consumer of ``old`` use ``new``; a graph output keeps its name.
+
+    Raises:
+        PassError: ``old`` is an output, and ``new`` is an input, a constant or another output,
+            whose own name would be lost.
+    """
+    if is_graph_output(graph, old) and (not new.inputs or is_graph_output(graph, new)):
+        raise PassError(
+            f"the output {old.name!r} cannot become {new.name!r}, which has to stay"
+        )
     for consumer in {id(node): node for node in old.outputs}.values():
         for index, tensor in enumerate(consumer.inputs):
             if tensor is old:

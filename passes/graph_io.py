@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
 from mvlm_export.engines.errors import MvlmError, PassError
 
@@ -20,6 +22,9 @@ INLINE = 256
 
 ALIGNMENT = 4096
 """Of tensors in the data file, so that they can be mapped."""
+
+_UNUSABLE = (ValueError, KeyError, TypeError, OnnxGraphSurgeonException)
+"""What importing a damaged or unusual model raises."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (tensors written, tensors in all, name)."""
@@ -55,6 +60,9 @@ def save_structure(graph: gs.Graph, path: Path) -> None:
 def save_graph(graph: gs.Graph, path: Path, progress: Progress | None = None) -> None:
     """Write a graph to ``path`` and its weights beside it, to ``path`` + ``.data``.
 
+    Files of these names are replaced when all is written, so a graph may be saved over the
+    files that its weights are read from.
+
     Raises:
         MvlmError: the files cannot be written.
         PassError: a deferred weight is not what it was promised to be.
@@ -66,28 +74,43 @@ def save_graph(graph: gs.Graph, path: Path, progress: Progress | None = None) ->
         if isinstance(tensor, gs.Constant)
     }
     data = path.with_name(path.name + ".data")
+    parts = [file.with_name(f".{file.name}.part") for file in (path, data)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with data.open("wb") as file:
+        with parts[1].open("wb") as file:
             total = len(proto.graph.initializer)
             for index, tensor in enumerate(proto.graph.initializer, 1):
-                raw = _raw_bytes(values_of(constants[tensor.name]))
-                tensor.ClearField("external_data")
-                tensor.ClearField("data_location")
-                if len(raw) < INLINE:
-                    tensor.raw_data = raw
-                else:
-                    _append(file, tensor, raw, data.name)
+                _write_tensor(file, tensor, constants[tensor.name], data.name)
                 if progress is not None:
                     progress(index, total, tensor.name)
-        if data.stat().st_size == 0:
-            data.unlink()
-        path.write_bytes(proto.SerializeToString())
+        parts[0].write_bytes(proto.SerializeToString())
+        if parts[1].stat().st_size:
+            parts[1].replace(data)
+        else:
+            data.unlink(missing_ok=True)
+        parts[0].replace(path)
     except OSError as error:
         raise MvlmError(
             f"{path} cannot be written ({error}). Make room on the disk, or choose another "
             "--output."
         ) from error
+    finally:
+        for part in parts:
+            with suppress(OSError):
+                part.unlink()
+
+
+def _write_tensor(
+    file: BinaryIO, tensor: onnx.TensorProto, constant: gs.Constant, location: str
+) -> None:
+    """Read a constant and put its bytes into the tensor, or into the data file."""
+    raw = _raw_bytes(values_of(constant))
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    if len(raw) < INLINE:
+        tensor.raw_data = raw
+    else:
+        _append(file, tensor, raw, location)
 
 
 def _append(file: BinaryIO, tensor: onnx.TensorProto, raw: bytes, location: str) -> None:
@@ -122,17 +145,25 @@ def load_graph(path: Path) -> gs.Graph:
     """Read a graph; its weights are read from the data file when they are needed.
 
     Raises:
-        PassError: the file is missing or no ONNX model.
+        PassError: the file is missing, no ONNX model, or holds what cannot be rewritten.
     """
     try:
         proto = onnx.load(str(path), load_external_data=False)
+        return import_graph(proto, path.parent)
     except (OSError, DecodeError) as error:
         raise PassError(f"{path} cannot be read as ONNX ({error}).") from error
-    return import_graph(proto, path.parent)
+    except _UNUSABLE as error:
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise PassError(
+            f"{path} holds what cannot be read ({detail[0]}). Export the model again; sparse "
+            "constants and sequences are not supported."
+        ) from error
 
 
 def import_graph(proto: onnx.ModelProto, folder: Path | None = None) -> gs.Graph:
     """A graph from a model in memory.
+
+    An input with a default value (an initializer of its name) becomes that constant.
 
     Args:
         folder: where its external data lies.
@@ -162,7 +193,13 @@ def _external_values(tensor: onnx.TensorProto, folder: Path | None) -> DeferredV
     def read() -> Array:
         if folder is None:
             raise PassError(f"The data of {tensor.name!r} is not in memory.")
-        return onnx.numpy_helper.to_array(tensor, base_dir=str(folder))
+        try:
+            return onnx.numpy_helper.to_array(tensor, base_dir=str(folder))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise PassError(
+                f"The weight {tensor.name!r} cannot be read from {folder} ({error}). The data "
+                "file is missing or broken off: copy or compile the model again."
+            ) from error
 
     return DeferredValues(tensor.dims, dtype, read)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import onnx_graphsurgeon as gs
 
@@ -242,6 +242,11 @@ def find_matches(graph: gs.Graph, pattern: Pattern) -> Iterator[Match]:
 def is_foreign(node: gs.Node) -> bool:
     """Whether a node's operator is not one of ONNX itself."""
     return node.domain not in (None, "", "ai.onnx")
+
+
+def is_op(node: gs.Node | None, *types: str) -> TypeGuard[gs.Node]:
+    """Whether there is a node, and it is one of ONNX's own operators of ``types``."""
+    return node is not None and node.op in types and not is_foreign(node)
 
 
 def describe(node: gs.Node) -> str:

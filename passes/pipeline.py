@@ -45,6 +45,9 @@ from .vision.drop_vision_tail import DropVisionTail
 from .vision.fold_class_and_position import FoldClassAndPosition
 from .vision.fold_pixel_normalization import FoldPixelNormalization
 
+FLOAT16_PASS = ConvertToFloat16.name
+"""What makes a float16 recipe."""
+
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
@@ -248,8 +251,12 @@ def check_names(disabled: Iterable[str], enabled: Iterable[str]) -> None:
     """Refuse names that no pass has.
 
     Raises:
-        InputError: a name is unknown, or ``enabled`` names a pass that always runs.
+        InputError: a name is unknown or in both, or ``enabled`` names a pass that always runs.
     """
+    disabled, enabled = list(disabled), list(enabled)
+    both = sorted(set(disabled) & set(enabled))
+    if both:
+        raise InputError(f"{', '.join(both)}: both --disable-pass and --enable-pass name it.")
     for name in (*disabled, *enabled):
         if name not in _PASSES:
             close = difflib.get_close_matches(name, _PASSES, n=1)
@@ -260,6 +267,24 @@ def check_names(disabled: Iterable[str], enabled: Iterable[str]) -> None:
             raise InputError(
                 f"The pass {name!r} runs anyway; --enable-pass is for {', '.join(OPTIONAL)}."
             )
+
+
+def require_enabled(facts: ModelFacts, target: Target, options: PipelineOptions) -> None:
+    """Refuse an enabled pass that is in none of the pipelines for this target.
+
+    Raises:
+        InputError: there is one.
+    """
+    running = {
+        step.rewrite.name
+        for name in _EXACT
+        for step in build_pipeline(name, facts, target, options)
+    }
+    for name in sorted(options.enabled - running):
+        raise InputError(
+            f"The pass {name!r} is not for target {target.name!r}: it would not run. Leave "
+            "--enable-pass out, or choose another target."
+        )
 
 
 _PASSES: dict[str, type[Pass]] = {

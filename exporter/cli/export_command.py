@@ -104,7 +104,7 @@ Examples:
     "--verify-passes",
     is_flag=True,
     help="Run every graph before and after every pass in ONNX Runtime, and fail where the "
-    "numbers change beyond rounding. Takes twice the model's float32 size in memory.",
+    "numbers change beyond rounding. Takes the memory of the largest graph in float32.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def export(as_json: bool, **options: Any) -> None:

@@ -13,8 +13,9 @@ exact as the graph's angles allow, whatever a device's Cos makes of large ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,12 @@ from mvlm_export.engines.errors import PassError
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive
-from ..editing import fresh_name, insert_node, live_nodes, producer, replace_tensor
-from ..matching import any_, describe, match_tensor, one_of, op
+from ..editing import fresh_name, insert_node, live_nodes, producer, replace_tensor, unlink
+from ..matching import any_, describe, is_op, match_tensor, one_of, op
 
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {"Cos": np.cos, "Sin": np.sin}
 # They keep the numbers and their order; what Expand repeats is found by the shapes.
-_VIEWS = frozenset({"Cast", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+_VIEWS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _ROWS = op(("Mul", "MatMul"), any_("left"), any_("right"), bind="product")
 _ANGLES = one_of(op("Transpose", _ROWS, bind="turn"), _ROWS)
 _EXACT = (np.int32, np.int64, np.float32)
@@ -108,7 +109,7 @@ class ConstantRotaryTables(Pass):
 
 def _find_angles(node: gs.Node) -> _Angles | None:
     """The parts of a Cos or Sin of integers times something; None if it is not that."""
-    if node.op not in _FUNCTIONS:
+    if not is_op(node, *_FUNCTIONS):
         return None
     angles, repeats = node.inputs[0], 1
     join = producer(angles)
@@ -128,7 +129,7 @@ def _find_angles(node: gs.Node) -> _Angles | None:
 
 def _is_repetition(join: gs.Node) -> bool:
     first = join.inputs[0] if join.inputs else None
-    if join.op != "Concat" or first is None or not first.shape:
+    if not is_op(join, "Concat") or first is None or not first.shape:
         return False
     rank = len(first.shape)
     last = join.attrs["axis"] % rank == rank - 1
@@ -138,7 +139,7 @@ def _is_repetition(join: gs.Node) -> bool:
 def _views(tensor: gs.Tensor) -> list[gs.Tensor]:
     """A tensor's source and every view of it up to the tensor."""
     found = [tensor]
-    while (node := producer(found[0])) is not None and node.op in _VIEWS:
+    while is_op(node := producer(found[0]), *_VIEWS):
         found.insert(0, node.inputs[0])
     return found
 
@@ -153,12 +154,14 @@ def _problem(node: gs.Node, angles: _Angles) -> str | None:
         made = producer(frequencies)
         by = f"computed by {describe(made)}" if made is not None else "an input of the graph"
         return f"the frequencies {frequencies.name!r} are {by}"
-    for tensor in (*angles.positions, *angles.frequencies, result):
-        if tensor.dtype is None or np.dtype(tensor.dtype) not in _EXACT:
-            return f"{tensor.name!r} is {tensor.dtype}, the angles are not float32 throughout"
-        if tensor.shape is None:
-            return f"the shape of {tensor.name!r} is not known"
+    floats = [*angles.frequencies, result]
+    problem = _type_problem(angles.positions, _EXACT) or _type_problem(floats, _EXACT[-1:])
+    if problem is not None:
+        return problem
     half = int(np.prod(frequencies.shape))
+    for before, after in pairwise(angles.frequencies):
+        if is_op(producer(after), "Expand") and not _repeats_rows(before, after, half):
+            return f"{after.name!r} repeats numbers of {before.name!r}, not the row of them"
     if not _is_outer(angles, half) or result.shape[-1] != half * angles.repeats:
         return f"{describe(angles.product)} is not each position times each of {half} numbers"
     if _unit_axes(angles.positions[0].shape, result.shape) is None:
@@ -178,6 +181,25 @@ def _is_outer(angles: _Angles, half: int) -> bool:
     if angles.product.op == "MatMul" and (len(row) < 2 or row[-2] != 1):
         return False
     return bool(column and row) and column[-1] == 1 and row[-1] == half
+
+
+def _type_problem(tensors: Sequence[gs.Tensor], dtypes: Sequence[type]) -> str | None:
+    for tensor in tensors:
+        if tensor.dtype is None or np.dtype(tensor.dtype) not in dtypes:
+            return f"{tensor.name!r} is {tensor.dtype}, the angles are not float32 throughout"
+        if tensor.shape is None:
+            return f"the shape of {tensor.name!r} is not known"
+    return None
+
+
+def _repeats_rows(before: gs.Tensor, after: gs.Tensor, count: int) -> bool:
+    """Whether an Expand keeps ``count`` numbers side by side: its last axes hold them all."""
+    held = 1
+    for old, new in zip(reversed(before.shape), reversed(after.shape), strict=False):
+        if held == count or old != new or not isinstance(old, int):
+            break
+        held *= old
+    return held == count
 
 
 def _unit_axes(positions: list[int | str], result: list[int | str]) -> list[int] | None:
@@ -204,3 +226,4 @@ def _look_up(graph: gs.Graph, node: gs.Node, table: gs.Constant, positions: gs.T
     if axes:
         rows = insert_node(graph, "Unsqueeze", [rows, np.array(axes, np.int64)], result)
     replace_tensor(graph, result, rows)
+    unlink(node)

@@ -19,11 +19,11 @@ import onnx_graphsurgeon as gs
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive
 from ..editing import consumers, fresh_name, is_graph_output, producer
-from ..matching import Match, any_, constant_problem, describe, find_matches, op
+from ..matching import Match, any_, constant_problem, describe, find_matches, is_op, op
 
 _HALVES = op("Concat", op("Neg", any_("second")), any_("first"), bind="join", exact=True)
 _PATTERN = op("Mul", _HALVES, any_("sin"))
-_CARRIERS = frozenset({"Cast", "Gather", "Squeeze", "Unsqueeze"})
+_CARRIERS = ("Cast", "Gather", "Squeeze", "Unsqueeze")
 
 
 class FoldRotarySign(Pass):
@@ -67,6 +67,8 @@ class _Table:
             halves = match["join"].inputs
             if any(not half.shape or half.shape[-1] != width / 2 for half in halves):
                 return f"{describe(match['join'])} does not join two halves of {width}"
+            if is_op(producer(match["second"]), "Neg"):
+                return f"{match['second'].name!r} is negated twice"
             if not _is_last(match["join"], halves[0]):
                 return f"{describe(match['join'])} does not join along the last axis"
             if len(consumers(match["join"].outputs[0])) > 1:
@@ -96,7 +98,7 @@ class _Table:
 def _source(sin: gs.Tensor) -> gs.Tensor:
     """What rows were gathered from."""
     node = producer(sin)
-    while node is not None and node.op in _CARRIERS:
+    while is_op(node, *_CARRIERS):
         sin = node.inputs[0]
         node = producer(sin)
     return sin
@@ -119,7 +121,7 @@ def _other_use(
     for reader in consumers(tensor):
         if id(reader) in rotating:
             continue
-        carried = reader.op in _CARRIERS and reader.inputs[0] is tensor
+        carried = is_op(reader, *_CARRIERS) and reader.inputs[0] is tensor
         if not carried or (reader.op == "Gather" and _is_last(reader, tensor)):
             return f"{tensor.name!r} is also read by {describe(reader)}"
         problem = _other_use(graph, reader.outputs[0], width, rotating)

@@ -18,9 +18,20 @@ def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor) -> str | None:
         return f"{result.name!r} is an output of the graph, but no node makes {source.name!r}"
     if is_output and is_graph_output(graph, source):
         return f"{result.name!r} and {source.name!r} are both outputs of the graph"
-    inner = isinstance(source, gs.Variable) and not is_graph_input(graph, source)
-    if inner and (source.shape is None or (is_output and result.shape is not None)):
-        source.shape = result.shape
+    if isinstance(source, gs.Variable) and not is_graph_input(graph, source):
+        take_type(graph, source, result)
     replace_tensor(graph, result, source)
     unlink(node)
     return None
+
+
+def take_type(graph: gs.Graph, new: gs.Variable, old: gs.Tensor) -> None:
+    """Record of ``new`` what is recorded of ``old``, whose place it takes.
+
+    What an output of the graph is called and how its axes are, its caller knows: its record
+    stands, whatever is recorded of ``new``.
+    """
+    if new.dtype is None:
+        new.dtype = old.dtype
+    if new.shape is None or (is_graph_output(graph, old) and old.shape is not None):
+        new.shape = old.shape

@@ -2,15 +2,15 @@
 
     Identity(x) = x            Cast(x, to its own dtype) = x       Concat(x) = x
     Dropout(x) = x             Expand(x, to its own shape) = x     Slice(x, all of it) = x
-    x * 1 = x / 1 = x     x + 0 = x - 0 = x
+    x * 1 = x / 1 = x
     Reshape(x, its own shape) = x         Reshape(Reshape(x, s), t) = Reshape(x, t)
     Transpose(x, 0 1 2 ...) = x           Transpose(Transpose(x, p), q) = Transpose(x, p[q])
     Unsqueeze(Squeeze(x, a), a) = Squeeze(Unsqueeze(x, a), a) = x
 
-All are exact (adding zero turns -0.0 into 0.0, which compare equal). A shape is "its own" if
-it is known to be: every axis is known, or all but one, which the number of elements then
-gives. An inner operator that is read elsewhere too is kept, and nothing is merged across it
-unless both vanish. Outputs of the graph keep their names. The rules are in
+All are exact to the bit, so x + 0 is not among them, which turns -0.0 into 0.0. A shape is
+"its own" if it is known to be: every axis is known, or all but one, which the number of
+elements then gives. An inner operator that is read elsewhere too is kept, and nothing is
+merged across it unless both vanish. Outputs of the graph keep their names. The rules are in
 :mod:`.layout_rules`.
 """
 

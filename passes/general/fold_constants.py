@@ -6,7 +6,7 @@ ONNX's reference evaluator. The axes of a tensor that are known give ``Shape(sta
 
 Only small results are kept, and nothing large is read for them: a weight that is transposed
 in the graph stays one weight and a Transpose. Quantizers are never folded, or INT4 and INT8
-weights would become floats.
+weights would become floats; 4-bit values and text are left alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
 from ..base import Pass, PassResult, Tally, numpy_dtype
-from ..deferred import Array, stored_bytes, values_of
+from ..deferred import Array, is_packed, stored_bytes, values_of
 from ..editing import consumers, is_graph_input, is_graph_output, producer, unlink
 from ..matching import is_foreign
-from ..type_inference import Axis
+from ..type_inference import Axis, infer_types
 from .op_kinds import is_pure
 
 
@@ -40,7 +40,10 @@ class FoldConstants(Pass):
         self.limit = limit
 
     def run(self, graph: gs.Graph) -> PassResult:
+        if any(t.dtype is None for node in graph.nodes for t in node.outputs if t.name):
+            infer_types(graph)
         tally = Tally()
+        refused: dict[int, tuple[gs.Node, str]] = {}
         pending = deque(graph.nodes)
         while pending:
             node = pending.popleft()
@@ -48,11 +51,13 @@ class FoldConstants(Pass):
                 continue
             found = self._evaluate(graph, node)
             if isinstance(found, str):
-                tally.refuse(node, found)
+                refused[id(node)] = node, found
             elif found is not None:
                 pending.extend(_readers_of(node))
                 _fold(node, found)
                 tally.rewrote()
+        for node, reason in refused.values():
+            tally.refuse(node, reason)
         return tally.result()
 
     def _evaluate(self, graph: gs.Graph, node: gs.Node) -> list[Array] | str | None:
@@ -65,12 +70,22 @@ class FoldConstants(Pass):
                 return f"its result {tensor.name!r} is an output of the graph"
         if axes is not None:
             return [axes]
+        for tensor in (*node.inputs, *node.outputs):
+            problem = None if tensor.is_empty() else _type_problem(tensor)
+            if problem is not None:
+                return problem
         for tensor in node.inputs:
             if not tensor.is_empty() and self._is_large(tensor.shape, tensor.dtype):
                 return f"{tensor.name!r} has more than {self.limit} bytes"
-        return self._evaluate_alone(_alone(graph, node))
+        try:
+            model = _alone(graph, node)
+            problem = self._size_problem(model)
+            results = [] if problem else ReferenceEvaluator(model).run(None, {})
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            return f"ONNX's reference evaluator cannot run it ({error})"
+        return problem or [np.asarray(result) for result in results]
 
-    def _evaluate_alone(self, model: onnx.ModelProto) -> list[Array] | str:
+    def _size_problem(self, model: onnx.ModelProto) -> str | None:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         for value in inferred.output:
             shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -81,14 +96,20 @@ class FoldConstants(Pass):
             kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             if self._is_large(shape, kind):
                 return f"its result {value.name!r} would have more than {self.limit} bytes"
-        try:
-            results = ReferenceEvaluator(model).run(None, {})
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            return f"ONNX's reference evaluator cannot run it ({error})"
-        return [np.asarray(result) for result in results]
+        return None
 
     def _is_large(self, shape: list[int], dtype: object) -> bool:
         return stored_bytes(shape, dtype) > self.limit
+
+
+def _type_problem(tensor: gs.Tensor) -> str | None:
+    """Why values of a tensor's dtype cannot be read or written here."""
+    if tensor.dtype is None:
+        return f"the type of {tensor.name!r} is not known"
+    dtype = np.dtype(numpy_dtype(tensor))
+    if dtype.kind == "O":
+        return f"{tensor.name!r} holds text"
+    return f"{tensor.name!r} holds {dtype} values" if is_packed(dtype) else None
 
 
 def _is_known(graph: gs.Graph, tensor: gs.Tensor) -> bool:

@@ -223,8 +223,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "Slice": (_slice,),
     "Mul": (_neutral(1, either=True),),
     "Div": (_neutral(1, either=False),),
-    "Add": (_neutral(0, either=True),),
-    "Sub": (_neutral(0, either=False),),
     "Reshape": (_same_reshape, _reshape_twice),
     "Transpose": (_transpose,),
     "Squeeze": (_unit_pair,),

@@ -60,6 +60,8 @@ class MergeDuplicateConstants(Pass):
 
 def _merge(graph: gs.Graph, constant: gs.Constant, first: gs.Constant, tally: Tally) -> None:
     readers = consumers(constant)
+    if not readers and not consumers(first):
+        return  # two outputs of the graph that no node reads
     for tensor in (constant, first):
         if is_graph_input(graph, tensor) or is_graph_output(graph, tensor):
             side = "an input" if is_graph_input(graph, tensor) else "an output"

@@ -18,6 +18,7 @@ from ..base import Pass, PassResult, Tally
 from ..deferred import SMALL, is_deferred, values_of
 from ..editing import is_graph_input, is_graph_output, replace_tensor, unlink
 from ..matching import COMMUTATIVE, describe
+from .bypass import take_type
 from .op_kinds import is_pure
 
 
@@ -86,6 +87,6 @@ def _problem(graph: gs.Graph, node: gs.Node, first: gs.Node) -> str | None:
 def _merge(graph: gs.Graph, node: gs.Node, first: gs.Node) -> None:
     for old, new in zip(node.outputs, first.outputs, strict=True):
         if not old.is_empty():
-            new.shape = new.shape if new.shape is not None else old.shape
+            take_type(graph, new, old)
             replace_tensor(graph, old, new)
     unlink(node)

@@ -8,9 +8,9 @@ tensor and a direction, shared by its readers. Inputs and outputs become float16
 those named.
 
 Values are checked, one weight in memory at a time: a value beyond 65504, a weight that would
-be all zeros or turn away from what it was, is named in the refusals and stays float32 with its
-node. A weight that is not finite is an error. The float16 weights themselves are made when
-the graph is written.
+be all zeros or turn away from what it was, a divisor that would vanish, is named in the
+refusals and stays float32 with its node. NaN in a weight is an error. The float16 weights
+themselves are made when the graph is written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mvlm_export.engines.errors import PassError
 
 from ..base import Pass, PassResult, Tally, Tensors, numpy_dtype
 from ..deferred import derive, values_of
-from ..editing import consumers, is_graph_input, is_graph_output, producer
+from ..editing import consumers, is_graph_input, is_graph_output, producer, unlink
 from ..general.remove_cast_islands import RemoveCastIslands, is_lossless
 from ..matching import describe, is_foreign
 from ..type_inference import infer_types
@@ -38,6 +38,8 @@ Progress = Callable[[int, int, str], None]
 """Called with (weights checked, weights in all, name)."""
 
 _QUANTIZERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
+_DIVISIONS = frozenset({"Div", "Mod"})
+_FLOAT_FORMS = frozenset({"sparse_value", "value_float", "value_floats"})
 
 
 class ConvertToFloat16(Pass):
@@ -71,10 +73,17 @@ class ConvertToFloat16(Pass):
                     f"{describe(node)} holds a graph of its own, which {self.name} does not "
                     "convert. Export the model without control flow."
                 )
+            forms = _FLOAT_FORMS & node.attrs.keys() if node.op == "Constant" else ()
+            if forms:
+                raise PassError(
+                    f"{describe(node)} holds its numbers as {', '.join(sorted(forms))}, which "
+                    f"{self.name} does not read. Run fold-constants before it."
+                )
 
     def run(self, graph: gs.Graph) -> PassResult:
         if any(t.dtype is None for node in graph.nodes for t in node.outputs if t.name):
             infer_types(graph)
+        _bind_constant_nodes(graph)
         graph.toposort()
         tally = Tally()
         kept = find_float32_nodes(graph)
@@ -89,7 +98,7 @@ class ConvertToFloat16(Pass):
 
     def _io_to_convert(self, graph: gs.Graph) -> list[gs.Tensor]:
         every = (*graph.inputs, *graph.outputs)
-        free = [t for t in every if isinstance(t, gs.Variable) and t.name not in self.keep_io]
+        free = [t for t in every if not _is_default(graph, t) and t.name not in self.keep_io]
         return [tensor for tensor in free if is_float32(tensor)]
 
     def _survivors(self, graph: gs.Graph, nodes: list[gs.Node], tally: Tally) -> list[gs.Node]:
@@ -99,7 +108,7 @@ class ConvertToFloat16(Pass):
             problems[id(node)] = _form_problem(graph, node)
         checks = _weights_to_check(graph, [n for n in nodes if problems[id(n)] is None])
         for index, (constant, readers) in enumerate(checks, 1):
-            exact = any(node.op in _QUANTIZERS for node in readers)
+            exact = any(_needs_each_value(node, constant) for node in readers)
             problem = float16_problem(constant.name, values_of(constant), exact)
             for node in readers:
                 problems[id(node)] = problems[id(node)] or problem
@@ -134,6 +143,30 @@ class ConvertToFloat16(Pass):
             else values
             for name, values in outputs.items()
         }
+
+
+def _bind_constant_nodes(graph: gs.Graph) -> None:
+    """Turn Constant nodes of float32 into constants."""
+    bound: set[int] = set()
+    for node in graph.nodes:
+        if node.op == "Constant" and not is_foreign(node) and is_float32(node.outputs[0]):
+            (output,) = node.outputs
+            values = values_of(node.attrs["value"])
+            unlink(node)
+            output.to_constant(values)
+            bound.add(id(node))
+    graph.nodes = [node for node in graph.nodes if id(node) not in bound]
+
+
+def _is_default(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether it is a constant that the caller may give instead."""
+    return isinstance(tensor, gs.Constant) and is_graph_input(graph, tensor)
+
+
+def _needs_each_value(node: gs.Node, constant: gs.Constant) -> bool:
+    """Whether one bad value of a constant spoils a result, however good the others are."""
+    divides = node.op in _DIVISIONS and node.inputs[1] is constant
+    return divides or node.op in _QUANTIZERS
 
 
 def _computes_float32(node: gs.Node) -> bool:
@@ -239,7 +272,10 @@ class _Conversion:
         output = self.graph.outputs[index]
         dtype = np.dtype(np.float32 if output.name in self.keep_io else np.float16)
         node = producer(output)
-        if node is None or id(output) not in self.were_float32:
+        if id(output) not in self.were_float32:
+            return
+        if node is None:
+            self._type_constant_output(index, dtype)
             return
         made = np.dtype(numpy_dtype(output))
         if made == dtype:
@@ -253,6 +289,14 @@ class _Conversion:
         self.were_float32.add(id(inner))
         output.dtype = dtype
         self._cast(inner, output)
+
+    def _type_constant_output(self, index: int, dtype: np.dtype[Any]) -> None:
+        """Let a weight made anew take over the name of one that is an output of the graph."""
+        output = self.graph.outputs[index]
+        constant = isinstance(output, gs.Constant) and not _is_default(self.graph, output)
+        if constant and np.dtype(numpy_dtype(output)) != dtype:
+            self.graph.outputs[index] = weight = self._as(output, dtype)
+            weight.name, output.name = output.name, self._name(f"{output.name}.float32")
 
     def _type_inputs(self, node: gs.Node) -> None:
         if node.op in BLIND_OPS and not is_foreign(node):

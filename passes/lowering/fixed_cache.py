@@ -25,7 +25,7 @@ from mvlm_export.engines.errors import PassError
 
 from ..base import Pass, PassResult, Tally, Tensors
 from ..deferred import Array
-from ..editing import consumers, fresh_name, replace_tensor
+from ..editing import consumers, fresh_name, is_graph_output, replace_tensor
 from ..matching import describe
 from .decoder_attention import AttentionBlock, counts_rows, find_attention
 
@@ -79,7 +79,7 @@ class FixedCachePass(Pass):
     def _checked(self, graph: gs.Graph, block: AttentionBlock | str) -> AttentionBlock | str:
         if isinstance(block, str):
             return block
-        return _past_problem(block) or self.block_problem(graph, block) or block
+        return _past_problem(graph, block) or self.block_problem(graph, block) or block
 
     def _convert(self, graph: gs.Graph, blocks: list[AttentionBlock]) -> None:
         length = gs.Variable(PAST_LENGTH, np.dtype(np.int64), [1])
@@ -125,12 +125,15 @@ class FixedCachePass(Pass):
         return written
 
 
-def _past_problem(block: AttentionBlock) -> str | None:
+def _past_problem(graph: gs.Graph, block: AttentionBlock) -> str | None:
     nodes = {id(node) for node in block.match.nodes}
     for past in block.pasts:
         for node in consumers(past):
             if id(node) not in nodes and not (node.op == "Shape" and counts_rows(node)):
                 return f"the past {past.name!r} is also read by {describe(node)}"
+            if node.op == "Shape" and is_graph_output(graph, node.outputs[0]):
+                length = node.outputs[0].name
+                return f"{length!r}, the rows of {past.name!r}, is an output of the graph"
     return None
 
 

@@ -7,6 +7,9 @@ or lose in it, so these operators stay in float32, and with them
   which is no float16 number) and the scale before a softmax;
 - what is computed with a statistic (a mean, a root, a reciprocal): ``mean + eps``, and
   ``x * rsqrt`` with the whole row in float32, whose result is then rounded once;
+- what leads to nothing but a sine or cosine: an angle of thousands must be met to a hundredth;
+- what stands between integers, from a Cast of wider ones than 8 bits to a Cast to such: index
+  arithmetic, which float16 leaves off by one from 2048 on;
 - what stands between float32 nodes on all sides.
 
 Such islands cost nothing: TensorRT takes Cast, softmax, Cast into its attention kernel, and
@@ -36,8 +39,13 @@ _ISLANDS = _STATISTICS | {
     *("MeanVarianceNormalization", "Sin", "Softmax", "Tan"),
 }
 _ELEMENTWISE = frozenset(
-    {"Abs", "Add", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Sub", "Sum", "Where"}
+    {
+        *("Abs", "Add", "Ceil", "Clip", "Div", "Floor", "Max", "Min", "Mod", "Mul", "Neg"),
+        *("Round", "Sign", "Sub", "Sum", "Where"),
+    }
 )
+_ANGULAR = frozenset({"Cos", "Sin", "Tan"})
+_PRODUCTS = frozenset({"Einsum", "MatMul"})
 # Their dtype is not that of their inputs, or they only ask a question of them.
 _TYPED_BY_THEMSELVES = frozenset(
     {
@@ -46,7 +54,7 @@ _TYPED_BY_THEMSELVES = frozenset(
         *("Range", "Shape", "Size"),
     }
 )
-BLIND_OPS = frozenset({"Cast", "CastLike", "Shape", "Size"})
+BLIND_OPS = frozenset({"Cast", "Shape", "Size"})
 """They take any dtype and need no cast before them."""
 
 
@@ -59,7 +67,7 @@ def is_float32(tensor: gs.Tensor) -> bool:
 def find_float32_nodes(graph: gs.Graph) -> set[int]:
     """Ids of the nodes that stay in float32; the graph must be sorted."""
     kept = {id(n) for n in graph.nodes if n.op in _TYPED_BY_THEMSELVES and not is_foreign(n)}
-    kept |= _prepared(graph) | _with_statistics(graph)
+    kept |= _prepared(graph) | _with_statistics(graph) | _angles(graph) | _indices(graph)
     return kept | _between(graph, kept)
 
 
@@ -95,6 +103,41 @@ def _only_read_by(graph: gs.Graph, node: gs.Node, found: set[int]) -> bool:
     if any(is_graph_output(graph, tensor) for tensor in node.outputs):
         return False
     return bool(readers) and all(id(reader) in found for reader in readers)
+
+
+def _angles(graph: gs.Graph) -> set[int]:
+    """Nodes whose results only a sine or cosine reads, products and tables among them."""
+    found: set[int] = set()
+    for node in reversed(graph.nodes):
+        angular = node.op in _ANGULAR and not is_foreign(node)
+        product = node.op in _PRODUCTS and not is_foreign(node)
+        if angular or ((product or _is_flexible(node)) and _only_read_by(graph, node, found)):
+            found.add(id(node))
+    return found
+
+
+def _indices(graph: gs.Graph) -> set[int]:
+    """Nodes on a float32 path from a Cast of integers to a Cast to integers."""
+    after: set[int] = set()
+    for node in graph.nodes:
+        read = any(id(tensor) in after for tensor in node.inputs)
+        if read or (node.op == "Cast" and _is_wide_integer(node.inputs[0])):
+            after |= {id(tensor) for tensor in node.outputs if is_float32(tensor)}
+    before: set[int] = set()
+    found: set[int] = set()
+    for node in reversed(graph.nodes):
+        leads = any(id(tensor) in before for tensor in node.outputs)
+        if leads or (node.op == "Cast" and _is_wide_integer(node.outputs[0])):
+            found.add(id(node))
+            before |= {id(tensor) for tensor in node.inputs if id(tensor) in after}
+    return found
+
+
+def _is_wide_integer(tensor: gs.Tensor) -> bool:
+    if tensor.dtype is None:
+        return False
+    dtype = np.dtype(numpy_dtype(tensor))
+    return dtype.kind in "iu" and dtype.itemsize > 1
 
 
 def _with_statistics(graph: gs.Graph) -> set[int]:

@@ -26,11 +26,11 @@ def float16_problem(name: str, values: Array, exact: bool) -> str | None:
     Args:
         name: of the constant, for messages.
         values: float32; read in pieces, so that little memory is needed beside it.
-        exact: hold every value to ``RELATIVE``, not just the whole to ``COSINE``; always so
-            for a single number.
+        exact: hold every value to ``RELATIVE``, not just the whole to ``COSINE``, as a scale
+            or a divisor must be; always so for a single number.
 
     Raises:
-        PassError: it holds NaN, or infinities in a tensor of many values.
+        PassError: it holds NaN.
     """
     flat = values.ravel(order="K")
     if flat.size == 0:
@@ -61,18 +61,16 @@ def float16_problem(name: str, values: Array, exact: bool) -> str | None:
 
 def _magnitude(name: str, piece: Array) -> float:
     largest = float(max(piece.max(), -piece.min()))
-    if not np.isfinite(largest):
+    if np.isnan(largest):
         raise PassError(
-            f"the weight {name!r} holds values that are not finite, so no dtype helps. "
+            f"the weight {name!r} holds values that are no numbers (NaN), so no dtype helps. "
             "Check the checkpoint it was read from"
         )
     return largest
 
 
 def _inexact(name: str, flat: Array) -> str | None:
-    if flat.size > 1 or np.isnan(flat).any():
-        _magnitude(name, flat)
-    if np.abs(flat).max() > LARGEST:
+    if _magnitude(name, flat) > LARGEST:
         worst = flat[np.abs(flat).argmax()]
         return f"the constant {name!r} holds {worst:.6g}, which is no float16 number"
     narrow = flat.astype(np.float16).astype(np.float32)

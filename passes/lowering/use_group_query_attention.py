@@ -80,6 +80,8 @@ class UseGroupQueryAttention(FixedCachePass):
             return f"head_dim is {head_dim}, ONNX Runtime takes multiples of {HEAD_MULTIPLE}"
         if block.query.dtype not in _FLOATS:
             return f"{block.query.name!r} is {block.query.dtype}"
+        if block.scale == 0:
+            return f"the scores of {block.query.name!r} are scaled by 0, which means unset"
         query, key = (_find_rotation(tensor) for tensor in (block.query, block.rows[0]))
         if isinstance(query, str):
             return query
@@ -87,6 +89,9 @@ class UseGroupQueryAttention(FixedCachePass):
             return key
         if query.cos is not key.cos or query.sin is not key.sin:
             return f"{block.query.name!r} and {block.rows[0].name!r} have other angles"
+        if query.negated != key.negated:
+            names = f"{block.query.name!r} and {block.rows[0].name!r}"
+            return f"{names} are turned in opposite directions by {query.sin.name!r}"
         return self._table_problem(query)
 
     def _table_problem(self, rotation: _Rotation) -> str | None:

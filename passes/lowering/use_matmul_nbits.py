@@ -35,6 +35,9 @@ LEVELS = {0: "unset", 1: "float32", 2: "float16", 3: "bfloat16", 4: "int8"}
 
 _INT4 = np.dtype(ml_dtypes.int4)
 _ZERO_POINT = 8
+_BLOCKS = (16, 32, 64, 128, 256)
+"""What ONNX Runtime's kernel takes."""
+
 _WEIGHT = op("DequantizeLinear", any_("quantized"), any_("scales"), bind="dequantize")
 _PATTERN = op("MatMul", any_("x"), _WEIGHT)
 
@@ -121,8 +124,9 @@ def _problem(graph: gs.Graph, match: Match) -> str | None:
 
 
 def _block_problem(quantized: gs.Constant, block: int) -> str | None:
-    if block < 16 or block & (block - 1):
-        return f"{quantized.name!r} has blocks of {block}, not 16 or a larger power of two"
+    if block not in _BLOCKS:
+        known = ", ".join(map(str, _BLOCKS))
+        return f"{quantized.name!r} has blocks of {block}, not one of {known}"
     if quantized.shape[0] % block:
         return f"the {quantized.shape[0]} rows of {quantized.name!r} are no blocks of {block}"
     return None

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from ..base import Pass, PassResult, Tally
 from ..deferred import values_of
 from ..editing import consumers, fresh_name, is_graph_output, producer, replace_tensor
-from ..matching import Match, any_, const, find_matches, op
+from ..matching import Match, any_, const, describe, find_matches, op
 
 DOMAIN = "com.microsoft"
 
@@ -56,12 +56,14 @@ def _problem(graph: gs.Graph, match: Match) -> str | None:
     shapes = [list(tensor.shape or ()) for tensor in (*add.inputs, x)]
     if len(shapes[0]) not in (2, 3) or shapes[0] != shapes[1] or shapes[1] != shapes[2]:
         return f"{add.inputs[0].name!r} and {add.inputs[1].name!r} are not rows of one width"
+    if None in shapes[0]:
+        return f"an axis of {x.name!r} is not known, so {describe(add)} may broadcast"
     if not isinstance(shapes[0][-1], int):
         return f"the width of {x.name!r} is not known"
     axes = values_of(match["axes"]).tolist()
     if axes not in ([-1], [len(shapes[0]) - 1]) or not mean.attrs.get("keepdims", 1):
         return f"{mean.name!r} is not over the last axis"
-    if values_of(epsilon).size != 1:
+    if values_of(epsilon).size != 1 or len(epsilon.shape) > len(shapes[0]):
         return f"{epsilon.name!r} is not one number"
     return match.used_elsewhere(graph)
 

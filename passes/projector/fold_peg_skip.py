@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive
-from ..editing import fresh_name, replace_tensor
+from ..editing import fresh_name, replace_tensor, unlink
 from ..matching import Match, any_, constant_problem, find_matches, op
 from .windows import same_depthwise_problem
 
@@ -61,4 +61,6 @@ def _fold(graph: gs.Graph, match: Match) -> None:
 
     name = fresh_name(graph, f"{weight.name}.with_skip")
     conv.inputs[1] = derive(name, [weight], add_identity, weight.shape)
+    conv.outputs[0].shape = match.root.shape  # Inference loses the names of axes.
     replace_tensor(graph, match.root, conv.outputs[0])
+    unlink(match.nodes[0])

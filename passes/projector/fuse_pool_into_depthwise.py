@@ -23,8 +23,8 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive
-from ..editing import consumers, fresh_name, is_graph_output, replace_tensor
-from ..matching import Match, any_, constant_problem, describe, find_matches, op
+from ..editing import consumers, fresh_name, is_graph_output, replace_tensor, unlink
+from ..matching import Match, any_, constant_problem, describe, find_matches, is_op, op
 from .windows import same_depthwise_problem, tiling_pool_problem
 
 _PATTERN = op("Conv", op("AveragePool", any_("x"), bind="pool"), any_("weight"), bind="conv")
@@ -54,7 +54,7 @@ def _skip(match: Match) -> gs.Node | None:
     pooled = match["conv"].inputs[0]
     for node in consumers(match.root):
         others = [tensor for tensor in node.inputs if tensor is not match.root]
-        if node.op == "Add" and len(others) == 1 and others[0] is pooled:
+        if is_op(node, "Add") and len(others) == 1 and others[0] is pooled:
             return node
     return None
 
@@ -115,3 +115,5 @@ def _fuse(graph: gs.Graph, match: Match, skip: gs.Node | None) -> None:
     conv.attrs.update(kernel_shape=sizes, strides=steps, pads=pads * 2)
     if skip is not None:
         replace_tensor(graph, skip.outputs[0], conv.outputs[0])
+        unlink(skip)
+    unlink(match["pool"])

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive, values_of
-from ..editing import fresh_name, insert_node, replace_tensor
+from ..editing import fresh_name, insert_node, replace_tensor, unlink
 from ..matching import Match, any_, constant_problem, find_matches, op
 
 _ACTIVE = op("HardSwish", op("Transpose", any_("x"), bind="enter"), bind="activation")
@@ -101,8 +101,11 @@ def _move(graph: gs.Graph, match: Match) -> None:
     squeezed = _multiply(graph, match["squeeze"], mean)
     excited = _multiply(graph, match["excite"], insert_node(graph, "Relu", [squeezed]))
     gates = _same(graph, match["gates"], excited)
-    gated = insert_node(graph, "Mul", [active, gates], like=active)
+    # One channel may meet several gates, or the reverse: the shape is left to inference.
+    gated = insert_node(graph, "Mul", [active, gates], dtype=active.dtype)
     replace_tensor(graph, match.root, _multiply(graph, match["pointwise"], gated))
+    for node in match.nodes:
+        unlink(node)
 
 
 def _same(graph: gs.Graph, node: gs.Node, value: gs.Tensor) -> gs.Variable:

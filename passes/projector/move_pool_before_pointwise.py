@@ -83,6 +83,8 @@ def _linear_problem(match: Match) -> str | None:
         bias = match["bias"]
         if bias.shape is None or any(axis != 1 for axis in bias.shape[:-1]):
             return f"the bias {bias.name!r} of {bias.shape} is not the same for every token"
+        if bias.shape and bias.shape[-1] not in (1, weight.shape[1]):
+            return f"the bias {bias.name!r} widens {weight.shape[1]} channels to {bias.shape}"
     return None
 
 

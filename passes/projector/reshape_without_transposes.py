@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import values_of
-from ..editing import insert_node, replace_tensor
+from ..editing import insert_node, replace_tensor, unlink
 from ..matching import Match, any_, find_matches, op
 
 _PATTERN = op(
@@ -75,3 +75,5 @@ def _replace(graph: gs.Graph, match: Match) -> None:
         attrs=dict(match["reshape"].attrs),
     )
     replace_tensor(graph, old, made)
+    for node in match.nodes:
+        unlink(node)

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from ..editing import consumers, live_nodes, producer
-from .linear_layers import is_matmul
+from ..matching import is_op
+from .linear_layers import is_float_cast, is_matmul
 
-MOVES = frozenset(
-    {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Split", "Cast"}
-)
-"""Operators that only move their first input's elements about, or change their dtype."""
-
-_COMBINES = frozenset({"Add", "Sub", "Mul", "Div", "Concat"})
-_FORWARDS = MOVES | {"Neg"}
+_MOVES = ("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Split")
+_COMBINES = ("Add", "Sub", "Mul", "Div", "Concat")
+_FORWARDS = (*_MOVES, "Cast", "Neg")
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,15 @@ class Attention:
         return self.mix.inputs[1]
 
 
+def is_move(node: gs.Node) -> bool:
+    """Whether a node only moves its first input's elements about, or rounds them."""
+    return is_op(node, *_MOVES) or is_float_cast(node)
+
+
 def find_attentions(graph: gs.Graph) -> Iterator[Attention]:
     """Every softmax between two MatMuls."""
     for softmax in live_nodes(graph):
-        if softmax.op != "Softmax":
+        if not is_op(softmax, "Softmax"):
             continue
         scores = layers_above(softmax.inputs[0])
         mixes = _mixes(softmax.outputs[0])
@@ -63,7 +65,7 @@ def find_attentions(graph: gs.Graph) -> Iterator[Attention]:
 def _mixes(probabilities: gs.Tensor) -> list[gs.Node]:
     found: list[gs.Node] = []
     for node in consumers(probabilities):
-        if node.op == "Cast":
+        if is_op(node, "Cast"):
             found += _mixes(node.outputs[0])
         elif is_matmul(node) and node.inputs[0] is probabilities:
             found.append(node)
@@ -86,8 +88,8 @@ def layers_above(tensor: gs.Tensor) -> list[gs.Node]:
         seen.add(id(node))
         if is_matmul(node):
             found[id(node)] = node
-        elif node.op in _COMBINES:
+        elif is_op(node, *_COMBINES):
             pending += node.inputs
-        elif node.op in _FORWARDS:
+        elif is_op(node, *_FORWARDS):
             pending.append(node.inputs[0])
     return list(found.values())

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive, values_of
 from ..editing import consumers, fresh_name, live_nodes
-from ..matching import constant_problem, is_foreign
+from ..matching import constant_problem, is_op
 from .linear_layers import bias_add, bias_of, readers_problem, rewrite_constant
 
 
@@ -34,7 +34,7 @@ class FoldLayerNormAffine(Pass):
     def run(self, graph: gs.Graph) -> PassResult:
         tally, ones = Tally(), _Ones(graph)
         for norm in live_nodes(graph):
-            if norm.op != "LayerNormalization" or is_foreign(norm) or _is_plain(norm):
+            if not is_op(norm, "LayerNormalization") or _is_plain(norm):
                 continue
             problem = _problem(graph, norm)
             if problem is None:

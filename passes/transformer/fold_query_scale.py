@@ -11,16 +11,22 @@ the queries is saved in each layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, values_of
-from ..editing import consumers, is_graph_input, is_graph_output, producer, replace_tensor
-from ..matching import describe, is_foreign
-from .attention import MOVES, find_attentions
+from ..editing import (
+    consumers,
+    is_graph_input,
+    is_graph_output,
+    producer,
+    replace_tensor,
+    unlink,
+)
+from ..matching import describe, is_foreign, is_op
+from .attention import Attention, find_attentions, is_move
 from .linear_layers import is_matmul, rewrite_constant, weight_problem
 
 
@@ -32,34 +38,42 @@ class FoldQueryScale(Pass):
 
     def run(self, graph: gs.Graph) -> PassResult:
         tally = Tally()
-        for multiply, scale in list(_find_scales(graph)):
-            query = multiply.inputs[1 if multiply.inputs[0] is scale else 0]
-            cone = _Cone(multiply)
-            problem = _scale_problem(graph, scale) or cone.grow(graph, query)
-            problem = problem or cone.leak(graph)
-            if problem is None:
-                cone.fold(graph, scale)
-                replace_tensor(graph, multiply.outputs[0], query)
-                tally.rewrote()
-            else:
-                tally.refuse(multiply, problem)
+        refused: set[int] = set()
+        for attention in find_attentions(graph):
+            # Two scales in a row are folded one by one.
+            while (found := _find_scale(attention)) and id(found[0]) not in refused:
+                problem = _fold(graph, *found)
+                if problem is None:
+                    tally.rewrote()
+                else:
+                    tally.refuse(found[0], problem)
+                    refused.add(id(found[0]))
         return tally.result()
 
 
-def _find_scales(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Tensor]]:
-    """Products with one number that end as the left operand of some scores."""
-    seen: set[int] = set()
-    for attention in find_attentions(graph):
-        node = producer(attention.query)
-        while node is not None and node.op in MOVES and not is_foreign(node):
-            node = producer(node.inputs[0])
-        if node is None or node.op != "Mul" or id(node) in seen:
-            continue
-        seen.add(id(node))
-        for tensor in node.inputs:
-            if _is_scalar(tensor) and not _is_one(tensor):
-                yield node, tensor
-                break
+def _find_scale(attention: Attention) -> tuple[gs.Node, gs.Tensor] | None:
+    """The product with one number that ends as the left operand of the scores."""
+    node = producer(attention.query)
+    while node is not None and is_move(node):
+        node = producer(node.inputs[0])
+    if not is_op(node, "Mul"):
+        return None
+    scales = (t for t in node.inputs if _is_scalar(t) and not _is_one(t))
+    scale = next(scales, None)
+    return None if scale is None else (node, scale)
+
+
+def _fold(graph: gs.Graph, multiply: gs.Node, scale: gs.Tensor) -> str | None:
+    """Scale the projection instead; why not, if it cannot be."""
+    query = multiply.inputs[1 if multiply.inputs[0] is scale else 0]
+    cone = _Cone(multiply)
+    problem = _scale_problem(graph, scale, query) or cone.grow(graph, query)
+    problem = problem or cone.leak(graph)
+    if problem is None:
+        cone.fold(graph, scale)
+        replace_tensor(graph, multiply.outputs[0], query)
+        unlink(multiply)
+    return problem
 
 
 def _is_scalar(tensor: gs.Tensor) -> bool:
@@ -70,12 +84,14 @@ def _is_one(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and bool((values_of(tensor) == 1).all())
 
 
-def _scale_problem(graph: gs.Graph, scale: gs.Tensor) -> str | None:
+def _scale_problem(graph: gs.Graph, scale: gs.Tensor, query: gs.Tensor) -> str | None:
     if is_graph_input(graph, scale):
         return f"the scale {scale.name!r} is an input of the graph"
     made = producer(scale)
     if made is not None:
         return f"the scale {scale.name!r} is computed by {describe(made)}"
+    if len(scale.shape) > len(query.shape or ()):
+        return f"the scale {scale.name!r} adds axes to the query {query.name!r}"
     return None
 
 
@@ -106,7 +122,7 @@ class _Cone:
             return self._project(graph, node)
         if is_foreign(node):
             return f"{describe(node)} is not known to be linear"
-        if node.op in MOVES or node.op in ("Neg", "Div"):
+        if is_move(node) or node.op in ("Neg", "Div"):
             return self.grow(graph, node.inputs[0])
         if node.op == "Mul":
             return self._multiply(graph, node)
@@ -159,7 +175,7 @@ class _Cone:
                     return f"{tensor.name!r} is also an output of the graph"
                 for reader in consumers(tensor):
                     inside = reader is self.scale or id(reader) in self.nodes
-                    if not inside and reader.op != "Shape":
+                    if not inside and not is_op(reader, "Shape"):
                         return f"{tensor.name!r} is also read by {describe(reader)}"
         return None
 

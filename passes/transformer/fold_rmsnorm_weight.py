@@ -14,20 +14,27 @@ does not matter here.
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
-from onnx import TensorProto
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array
-from ..editing import consumers, is_graph_output, replace_tensor
-from ..matching import Match, any_, cast, constant_problem, find_matches, one_of, op
-from .linear_layers import readers_problem, rewrite_constant
+from ..editing import consumers, is_graph_output, replace_tensor, unlink
+from ..matching import (
+    Match,
+    any_,
+    cast,
+    constant_problem,
+    describe,
+    find_matches,
+    one_of,
+    op,
+)
+from .linear_layers import is_float_cast, readers_problem, rewrite_constant
 
 _X = cast(any_("x"))
 _SQUARE = one_of(op("Mul", _X, _X), op("Pow", _X, any_()))
 _ROOT = op("Sqrt", op("Add", op("ReduceMean", _SQUARE), any_()))
 _NORMED = one_of(op("Mul", _X, op("Reciprocal", _ROOT)), op("Div", _X, _ROOT))
-_PATTERN = op("Mul", cast(_NORMED), any_("weight"))
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+_PATTERN = op("Mul", cast(_NORMED, "cast"), any_("weight"))
 
 
 class FoldRmsNormWeight(Pass):
@@ -57,32 +64,43 @@ def _problem(graph: gs.Graph, match: Match) -> str | None:
         return problem
     if is_graph_output(graph, result):
         return f"{result.name!r} is an output of the graph"
-    scaled = _read_by_layers(graph, result)
+    if "cast" in match and not is_float_cast(match["cast"]):
+        return f"{describe(match['cast'])} does not give floats"
+    scaled = _read_by_layers(result)
     problem = readers_problem(graph, scaled)
     if problem is not None:
         return problem
     width = consumers(scaled)[0].inputs[1].shape[0]
     if list(weight.shape) != [width]:
         return f"the weight {weight.name!r} has shape {list(weight.shape)}, not one a channel"
+    normed = _normed(match)
+    if not normed.shape or normed.shape[-1] != width:
+        return f"the weight {weight.name!r} widens {normed.name!r} of {normed.shape}"
     return None
 
 
-def _read_by_layers(graph: gs.Graph, result: gs.Tensor) -> gs.Tensor:
+def _normed(match: Match) -> gs.Tensor:
+    """What the weight multiplies."""
+    left, right = match.nodes[0].inputs
+    return right if left is match["weight"] else left
+
+
+def _read_by_layers(result: gs.Tensor) -> gs.Tensor:
     """What the linear layers read: the product, or its Cast out of a float32 island."""
     readers = consumers(result)
-    if len(readers) == 1 and readers[0].op == "Cast" and readers[0].attrs["to"] in _FLOATS:
+    if len(readers) == 1 and is_float_cast(readers[0]):
         return readers[0].outputs[0]
     return result
 
 
 def _fold(graph: gs.Graph, match: Match) -> None:
-    weight, multiply = match["weight"], match.nodes[0]
-    for matmul in consumers(_read_by_layers(graph, match.root)):
+    weight = match["weight"]
+    for matmul in consumers(_read_by_layers(match.root)):
         rewrite_constant(
             graph, matmul, matmul.inputs[1], "with_norm", _scale_rows, others=[weight]
         )
-    normed = multiply.inputs[1 if multiply.inputs[0] is weight else 0]
-    replace_tensor(graph, match.root, normed)
+    replace_tensor(graph, match.root, _normed(match))
+    unlink(match.nodes[0])
 
 
 def _scale_rows(matrix: Array, weight: Array) -> Array:

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
+from ..base import numpy_dtype
 from ..deferred import Array, derive
 from ..editing import consumers, fresh_name, is_graph_output, producer
-from ..matching import constant_problem, describe, is_foreign
+from ..matching import constant_problem, describe, is_op
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
 def is_matmul(node: gs.Node | None) -> bool:
     """Whether a node is ONNX's own MatMul."""
-    return node is not None and node.op == "MatMul" and not is_foreign(node)
+    return is_op(node, "MatMul")
+
+
+def is_float_cast(node: gs.Node) -> bool:
+    """Whether a node is a Cast of floats to floats, which keeps factors but for rounding."""
+    return is_op(node, "Cast") and all(map(_is_float, (node.inputs[0], node.outputs[0])))
+
+
+def _is_float(tensor: gs.Tensor) -> bool:
+    if tensor.dtype is None:
+        return False
+    return onnx.helper.np_dtype_to_tensor_dtype(np.dtype(numpy_dtype(tensor))) in _FLOATS
 
 
 def weight_problem(graph: gs.Graph, matmul: gs.Node) -> str | None:
     """Why values cannot be folded into a MatMul's weight ``[K, N]``; None if they can."""
     weight = matmul.inputs[1]
     made = producer(weight)
-    if made is not None and made.op == "DequantizeLinear":
+    if is_op(made, "DequantizeLinear"):
         return f"the weight {weight.name!r} is quantized; fold first, then quantize"
     problem = constant_problem(graph, weight, matmul)
     if problem is None and len(weight.shape) != 2:
@@ -53,7 +70,7 @@ def bias_add(graph: gs.Graph, matmul: gs.Node) -> gs.Node | None:
     """The Add of a constant vector that alone reads a MatMul's result, if there is one."""
     result = matmul.outputs[0]
     readers = consumers(result)
-    if len(readers) != 1 or readers[0].op != "Add" or is_graph_output(graph, result):
+    if len(readers) != 1 or not is_op(readers[0], "Add") or is_graph_output(graph, result):
         return None
     bias = bias_of(readers[0], result)
     width = matmul.inputs[1].shape

@@ -14,9 +14,9 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..editing import producer
-from ..matching import any_, find_matches, one_of, op
+from ..matching import any_, find_matches, is_op, one_of, op
 from .linear_layers import bias_add, is_matmul
-from .parallel_matmuls import Merger, merge_problem
+from .parallel_matmuls import Merger
 
 _SILU = op("Mul", any_("gate"), op("Sigmoid", any_("gate")))
 _ACTIVATION = one_of(_SILU, op(("Swish", "Gelu", "Relu"), any_("gate")))
@@ -31,32 +31,31 @@ class MergeGateUp(Pass):
 
     def run(self, graph: gs.Graph) -> PassResult:
         tally, merger = Tally(), Merger(graph, "with_up")
-        for gate, up in list(_find_projections(graph)):
-            problem = merge_problem(graph, [gate, up])
+        for product, gate, up in list(_find_projections(graph)):
+            problem = merger.problem([gate, up])
             if problem is None:
                 merger.merge([gate, up])
                 tally.rewrote()
             else:
-                tally.refuse(gate, problem)
+                tally.refuse(product, problem)
         return tally.result()
 
 
-def _find_projections(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Node]]:
+def _find_projections(graph: gs.Graph) -> Iterator[tuple[gs.Node, gs.Node, gs.Node]]:
     for match in find_matches(graph, _PATTERN):
         gate, up = (_layer(graph, match[name]) for name in ("gate", "up"))
         if gate is None or up is None or gate is up:
             continue
         if gate.inputs[0] is up.inputs[0]:
-            yield gate, up
+            yield match.nodes[0], gate, up
 
 
 def _layer(graph: gs.Graph, result: gs.Tensor) -> gs.Node | None:
     """The MatMul that gives ``result``, with a bias or without."""
     node = producer(result)
-    if node is not None and node.op == "Add":
+    if is_op(node, "Add"):
         for tensor in node.inputs:
             matmul = producer(tensor)
             if matmul is not None and is_matmul(matmul) and bias_add(graph, matmul) is node:
                 return matmul
-        return None
-    return node if node is not None and is_matmul(node) else None
+    return node if is_matmul(node) else None

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from .attention import find_attentions, layers_above
-from .parallel_matmuls import Merger, merge_problem
+from .parallel_matmuls import Merger
 
 
 class MergeQkv(Pass):
@@ -28,25 +28,21 @@ class MergeQkv(Pass):
 
     def run(self, graph: gs.Graph) -> PassResult:
         tally, merger = Tally(), Merger(graph, "with_kv")
-        for projections in list(_find_projections(graph)):
-            problem = merge_problem(graph, projections)
+        for mix, projections in list(_find_projections(graph)):
+            problem = merger.problem(projections)
             if problem is None:
                 merger.merge(projections)
                 tally.rewrote()
             else:
-                tally.refuse(projections[0], problem)
+                tally.refuse(mix, problem)
         return tally.result()
 
 
-def _find_projections(graph: gs.Graph) -> Iterator[list[gs.Node]]:
-    seen: set[int] = set()
+def _find_projections(graph: gs.Graph) -> Iterator[tuple[gs.Node, list[gs.Node]]]:
     for attention in find_attentions(graph):
         roots = [layers_above(t) for t in (attention.query, attention.key, attention.value)]
         if any(len(nodes) != 1 for nodes in roots):
             continue
         projections = [nodes[0] for nodes in roots]
-        identities = {id(node) for node in projections}
-        one_source = all(n.inputs[0] is projections[0].inputs[0] for n in projections)
-        if len(identities) == 3 and one_source and not identities & seen:
-            seen |= identities
-            yield projections
+        if len({id(node) for node in projections}) == 3:
+            yield attention.mix, projections

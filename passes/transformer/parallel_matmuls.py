@@ -17,12 +17,11 @@ import onnx_graphsurgeon as gs
 
 from ..deferred import Array, derive
 from ..editing import consumers, fresh_name, is_graph_output, producer, unlink
-from ..matching import constant_problem, describe, is_foreign
+from ..matching import constant_problem, describe, is_op
 from .linear_layers import bias_add, bias_of
 
 
-def merge_problem(graph: gs.Graph, matmuls: Sequence[gs.Node]) -> str | None:
-    """Why linear layers on one tensor cannot become one; None if they can."""
+def _merge_problem(graph: gs.Graph, matmuls: Sequence[gs.Node]) -> str | None:
     for matmul in matmuls:
         problem = _weight_problem(graph, matmul)
         if problem is not None:
@@ -58,9 +57,7 @@ def _weight_problem(graph: gs.Graph, matmul: gs.Node) -> str | None:
 def _quantizer(matmul: gs.Node) -> gs.Node | None:
     """The DequantizeLinear that makes a MatMul's weight, if one does."""
     node = producer(matmul.inputs[1])
-    if node is None or node.op != "DequantizeLinear" or is_foreign(node):
-        return None
-    return node
+    return node if is_op(node, "DequantizeLinear") else None
 
 
 def _width(matmul: gs.Node) -> int:
@@ -130,9 +127,21 @@ class Merger:
     graph: gs.Graph
     label: str
     _sizes: dict[tuple[int, ...], gs.Constant] = field(default_factory=dict)
+    _merged: dict[int, str] = field(default_factory=dict)
+
+    def problem(self, matmuls: Sequence[gs.Node]) -> str | None:
+        """Why linear layers cannot become one; None if they can."""
+        for matmul in matmuls:
+            if id(matmul) in self._merged:
+                return f"{self._merged[id(matmul)]!r} belongs to another merged layer"
+        source = matmuls[0].inputs[0]
+        for other in matmuls[1:]:
+            if other.inputs[0] is not source:
+                return f"{describe(other)} reads {other.inputs[0].name!r}, not {source.name!r}"
+        return _merge_problem(self.graph, matmuls)
 
     def merge(self, matmuls: Sequence[gs.Node]) -> None:
-        """Make one layer of those, their results in this order; see ``merge_problem``."""
+        """Make one layer of those, their results in this order; see :meth:`problem`."""
         first, source = matmuls[0], matmuls[0].inputs[0]
         pairs = [(node.outputs[0], bias_add(self.graph, node)) for node in matmuls]
         adds = [add for _, add in pairs if add is not None]
@@ -140,6 +149,7 @@ class Merger:
         results = [node.outputs[0] for node in adds or matmuls]
         widths = tuple(_width(matmul) for matmul in matmuls)
         weight = self._weight(matmuls)
+        self._merged |= {id(node): node.outputs[0].name for node in matmuls}
         for node in (*matmuls, *adds):
             unlink(node)
         merged = self._append("MatMul", first.name, [source, weight], results[0])

@@ -8,37 +8,36 @@ projection and MLP compute that row too. They treat each row alone, so
 and the rows are selected right behind the attention, which does need the class row's key and
 value. The block then works on N rows (576), not N + 1 (577): a friendlier size for a GEMM.
 
-Nodes that reach no output are removed first: CLIP's last LayerNorm, its pooled output, and
-blocks behind the selected hidden state, if an exporter left them in.
+What an exporter left in behind the selected hidden state (CLIP's last LayerNorm, its pooled
+output, further blocks) reads that state whole: ``remove-dead-code`` goes before.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import values_of
-from ..editing import is_graph_output, producer, replace_tensor
+from ..editing import is_graph_output, producer, replace_tensor, unlink
+from ..matching import is_op
 from ..row_selection import RowSelection, select_rows_early
+
+_TO_THE_END = np.iinfo(np.int32).max
+"""Ends from here on mean the last row, however many there are."""
 
 
 class DropVisionTail(Pass):
-    """Select the patch rows before the last block's MLP; remove dead nodes.
-
-    A dead tail counts as one rewrite, each selection that moved as another.
-    """
+    """Select the patch rows before the last block's MLP."""
 
     name = "drop-vision-tail"
     summary = "the class row is dropped behind the last attention, not behind the last MLP"
 
     def run(self, graph: gs.Graph) -> PassResult:
         tally = Tally()
-        before = len(graph.nodes)
-        graph.cleanup()
-        if len(graph.nodes) < before:
-            tally.rewrote()
-        for cut in [_final_slice(output) for output in graph.outputs]:
-            if cut is None or cut.inputs[0].shape is None:
+        found = [_final_slice(output) for output in graph.outputs]
+        for cut in {id(cut): cut for cut in found if cut is not None}.values():
+            if cut.inputs[0].shape is None:
                 continue
             problem = _problem(graph, cut) or _hoist(graph, cut)
             if problem is None:
@@ -51,13 +50,13 @@ class DropVisionTail(Pass):
 def _final_slice(output: gs.Tensor) -> gs.Node | None:
     """The Slice that makes an output, perhaps with Casts behind it."""
     node = producer(output)
-    while node is not None and node.op == "Cast":
+    while is_op(node, "Cast"):
         node = producer(node.inputs[0])
-    return node if node is not None and node.op == "Slice" else None
+    return node if is_op(node, "Slice") else None
 
 
 def _problem(graph: gs.Graph, cut: gs.Node) -> str | None:
-    hidden, rows = cut.inputs[0], cut.outputs[0].shape
+    hidden = cut.inputs[0]
     if not all(isinstance(bound, gs.Constant) for bound in cut.inputs[1:]):
         return "its bounds are computed"
     if is_graph_output(graph, hidden):
@@ -66,10 +65,18 @@ def _problem(graph: gs.Graph, cut: gs.Node) -> str | None:
     rank = len(hidden.shape)
     if rank < 2 or [axis % rank for axis in axes] != [rank - 2] or steps != [1]:
         return f"it cuts the axes {axes} in steps of {steps}, not rows"
-    if hidden.shape[-2] is None or not isinstance(rows and rows[-2], int):
+    return _rows_problem(hidden, cut.outputs[0], end[0])
+
+
+def _rows_problem(hidden: gs.Tensor, patches: gs.Tensor, end: int) -> str | None:
+    """Why a Slice does not take some rows up to the last."""
+    before, after = hidden.shape[-2], patches.shape[-2] if patches.shape else None
+    if before is None or not isinstance(after, int):
         return f"the rows of {hidden.name!r} are not known"
-    if end[0] < 0 or (isinstance(hidden.shape[-2], int) and end[0] < hidden.shape[-2]):
-        return f"it ends at row {end[0]}, not at the last"
+    if end < (before if isinstance(before, int) else _TO_THE_END):
+        return f"it ends at row {end}, not at the last"
+    if before == 1 or after == 0:
+        return f"it takes {after} of the {before} rows of {hidden.name!r}"
     return None
 
 
@@ -89,4 +96,5 @@ def _hoist(graph: gs.Graph, cut: gs.Node) -> str | None:
     problem = select_rows_early(graph, hidden, selection, reader=cut)
     if problem is None:
         replace_tensor(graph, patches, hidden)
+        unlink(cut)
     return problem

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive
-from ..editing import fresh_name, insert_node
+from ..editing import fresh_name, insert_node, unlink
 from ..matching import Match, any_, constant_problem, find_matches, op
 
 _ROW = op("Expand", any_("class"), any_(), bind="row")
@@ -61,7 +61,7 @@ def _problem(graph: gs.Graph, match: Match) -> str | None:
         return f"{row.outputs[0].name!r} is {expanded}, not one row before a known number"
     if cls.shape[-1] != width or int(np.prod(cls.shape)) != width:
         return f"the class embedding {cls.name!r} is {list(cls.shape)}, not one row of {width}"
-    if list(position.shape[-2:]) != [rows, width] or any(n != 1 for n in position.shape[:-2]):
+    if list(position.shape) not in ([rows, width], [1, rows, width]):
         return f"the positions {position.name!r} are {list(position.shape)}, not {rows} rows"
     if patches.dtype != position.dtype or cls.dtype != position.dtype:
         return f"{position.name!r} and {patches.name!r} differ in dtype"
@@ -85,3 +85,5 @@ def _fold(graph: gs.Graph, match: Match) -> None:
         stem="patches_after_class",
     )  # fmt: skip
     add.inputs = [padded, derive(name, [cls, position], merge, shape)]
+    unlink(match["join"])
+    unlink(match["row"])

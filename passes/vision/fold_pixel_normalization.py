@@ -25,7 +25,7 @@ from mvlm_export.engines.errors import PassError
 from ..base import Pass, PassResult, Tally, Tensors
 from ..deferred import Array, derive
 from ..editing import consumers, fresh_name, insert_node, is_graph_output
-from ..matching import constant_problem, describe
+from ..matching import constant_problem, describe, is_op
 
 STEP = 1 / 256
 """What uint8 pixels are multiplied by: a power of two, so exact."""
@@ -58,7 +58,8 @@ class FoldPixelNormalization(Pass):
     def run(self, graph: gs.Graph) -> PassResult:
         tally = Tally()
         pixels = next((t for t in graph.inputs if t.name == self.input_name), None)
-        convs = [n for n in consumers(pixels) if n.op == "Conv"] if pixels is not None else []
+        readers = consumers(pixels) if pixels is not None else []
+        convs = [node for node in readers if is_op(node, "Conv")]
         if pixels is None or not convs or pixels.dtype == np.uint8:
             return tally.result()
         problem = self._problem(graph, pixels, convs[0])
@@ -78,7 +79,7 @@ class FoldPixelNormalization(Pass):
 
     def _problem(self, graph: gs.Graph, pixels: gs.Variable, conv: gs.Node) -> str | None:
         for reader in consumers(pixels):
-            if reader is not conv and reader.op != "Shape":
+            if reader is not conv and not is_op(reader, "Shape"):
                 return f"{pixels.name!r} is also read by {describe(reader)}"
         if is_graph_output(graph, pixels):
             return f"{pixels.name!r} is also an output of the graph"

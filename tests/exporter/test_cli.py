@@ -388,3 +388,43 @@ def test_missing_packages_name_their_extra():
     missing = describe_missing(ModuleNotFoundError("no", name="onnxruntime.capi"))
     assert "mvlm-export[cpu]" in str(missing)
     assert describe_missing(ModuleNotFoundError("no", name="numpy")) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--disable-pass", "merge-qvk"), "Did you mean 'merge-qkv'"),
+        (
+            ("--recipe", "fp16", "--disable-pass", "convert-to-float16"),
+            "--recipe fp32 instead",
+        ),
+        (("--dump-dir", "{output}"), "lie one in the other"),
+        (("--dump-dir", "{output}/dumps"), "lie one in the other"),
+        (("--dump-dir", "{file}/dumps"), "cannot be written"),
+        (
+            ("--target", "orin", "--enable-pass", "use-skip-rms-norm"),
+            "is not for target 'orin'",
+        ),
+    ],
+    ids=["typo", "fp16", "dump-is-output", "dump-in-output", "dump-unwritable", "no-place"],
+)
+def test_pass_options_that_cannot_be_met(checkpoint, tmp_path, capsys, arguments, complaint):
+    output, file = tmp_path / "bundle", tmp_path / "file"
+    file.touch()
+    given = [argument.format(output=output, file=file) for argument in arguments]
+    assert type_export("--model", checkpoint, "--output", output, *given) == 2
+    assert complaint in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_dumps_and_verification(checkpoint, tmp_path, capsys):
+    arguments = ("--model", checkpoint, "--output", tmp_path / "bundle", "--no-parity")
+    watched = ("--dump-dir", tmp_path / "dumps", "--verify-passes")
+    assert type_export(*arguments, *watched) == 0
+    assert "largest change" in capsys.readouterr().out
+    names = [path.name for path in sorted((tmp_path / "dumps" / "projector").iterdir())]
+    assert names[0] == "00-captured.onnx"
+    assert any(name.endswith("-fold-peg-skip.onnx") for name in names)
+    bundle = Bundle.load(tmp_path / "bundle")
+    records = bundle.manifest.checks["passes"]["decoder"]
+    assert all(r["change"] is not None for r in records if r["rewritten"])

@@ -135,6 +135,27 @@ def test_a_graph_without_large_weights_has_no_data_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_graph_may_be_saved_over_the_files_it_is_read_from(tmp_path):
+    path = tmp_path / "model.onnx"
+    save_graph(graph_with(weight), path)
+    save_graph(load_graph(path), path)
+    np.testing.assert_array_equal(constants(load_graph(path))["w"], weight())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+def test_a_save_that_fails_leaves_the_old_files(tmp_path):
+    path = tmp_path / "model.onnx"
+    save_graph(graph_with(weight), path)
+
+    def fail():
+        raise PassError("no")
+
+    with pytest.raises(PassError, match="no"):
+        save_graph(graph_with(fail), path)
+    np.testing.assert_array_equal(constants(load_graph(path))["w"], weight())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
 def test_structure_is_saved_without_reading_weights(tmp_path):
     def fail():
         raise AssertionError("a weight was read")
@@ -175,3 +196,24 @@ def test_files_that_cannot_be_written_or_read(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"\x07not onnx")
     with pytest.raises(PassError, match="cannot be read as ONNX"):
         load_graph(tmp_path / "broken.onnx")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_data_file_is_named(tmp_path, damage):
+    path = tmp_path / "model.onnx"
+    save_graph(graph_with(weight), path)
+    data = tmp_path / "model.onnx.data"
+    if damage == "missing":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(PassError, match=r"'w' cannot be read from .*compile the model again"):
+        values_of(load_graph(path).tensors()["w"])
+
+
+def test_a_model_that_cannot_be_imported(tmp_path):
+    model = to_model(graph_with(weight))
+    model.graph.initializer[0].raw_data = b"123"
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(PassError, match="holds what cannot be read"):
+        load_graph(tmp_path / "model.onnx")

@@ -17,8 +17,9 @@ from mvlm_export.passes.pipeline import (
     build_pipeline,
     check_names,
     pass_names,
+    require_enabled,
 )
-from mvlm_export.passes.verify import OrtVerifier
+from mvlm_export.passes.verify import IdRange, OrtVerifier
 from tests.passes.graphs import nano_config, nano_graph, tiny_config, tiny_graph
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -50,7 +51,8 @@ def facts_of(config) -> ModelFacts:
 
 def run_pipeline(name, graph, config, target, dtype="float32", **options):
     steps = build_pipeline(name, facts_of(config), target, PipelineOptions(dtype, **options))
-    verifier = OrtVerifier({"input_ids": config.text.vocab_size + 6}, threads=1)
+    ids = IdRange(config.text.vocab_size, rows=True)
+    verifier = OrtVerifier({"input_ids": ids}, threads=1)
     return PassManager(steps, verifier=verifier).run(graph)
 
 
@@ -214,11 +216,20 @@ def test_equal_weights_are_not_shared_before_they_are_folded(name):
         (["merge-qvk"], [], "Did you mean 'merge-qkv'"),
         ([], ["nonsense"], "There is no pass 'nonsense'"),
         ([], ["merge-qkv"], "runs anyway"),
+        (["choose-greedy-token"], ["choose-greedy-token"], "both --disable-pass and --enable"),
     ],
 )
 def test_names_are_checked(disabled, enabled, complaint):
     with pytest.raises(InputError, match=complaint):
         check_names(disabled, enabled)
+
+
+def test_an_enabled_pass_must_have_a_place():
+    options = PipelineOptions("float32", enabled=frozenset({"use-skip-rms-norm"}))
+    facts = facts_of(tiny_config())
+    require_enabled(facts, FORMS["cpu"], options)
+    with pytest.raises(InputError, match="'use-skip-rms-norm' is not for target 'orin'"):
+        require_enabled(facts, FORMS["orin"], options)
 
 
 def test_every_pass_has_a_name_of_its_own_and_a_summary():

@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from mvlm_export.passes.decoder.choose_greedy_token import ChooseGreedyToken
 from mvlm_export.passes.decoder.keep_last_row import KeepLastRow
+from mvlm_export.passes.tensorrt_ops import OP_SETS
 from tests.passes.graphs import (
     assert_same_structure,
     check_pass,
@@ -27,16 +28,24 @@ EXPECTED = """
 <ir_version: 10, opset_import: ["" : 20]>
 g (float[1,7] x) => (float[1,7] logits, int64[1] next_token) {
   logits = Identity(x)
-  next_token = ArgMax<axis=-1, keepdims=0, select_last_index=0>(logits)
+  likeliest = ArgMax<axis=-1, keepdims=0, select_last_index=0>(logits)
+  nan = IsNaN(logits)
+  inf = IsInf(logits)
+  bad = Or(nan, inf)
+  as_int = Cast<to=6>(bad)
+  most = ReduceMax<keepdims=0>(as_int, axes)
+  any_bad = Cast<to=9>(most)
+  next_token = Where(any_bad, minus, likeliest)
 }
 """
+PARTS = {"axes": np.array([1], np.int64), "minus": np.array([-1], np.int64)}
 
 
 def test_before_and_expected():
     graph = parse_graph(BEFORE)
     result = check_pass(ChooseGreedyToken(), graph)
     assert (result.matched, result.rewritten) == (1, 1)
-    assert_same_structure(graph, parse_graph(EXPECTED))
+    assert_same_structure(graph, parse_graph(EXPECTED, **PARTS))
     assert [output.name for output in graph.outputs] == ["logits", "next_token"]
 
 
@@ -47,7 +56,11 @@ def test_the_first_of_equal_logits_wins():
     assert run_graph(graph, {"x": x})["next_token"].tolist() == [1]
 
 
-@given(x=arrays.arrays(np.float32, (1, 7), elements=st.integers(-3, 3)))
+LOGITS = st.integers(-3, 3)
+NOT_FINITE = st.sampled_from([np.nan, np.inf, -np.inf])
+
+
+@given(x=arrays.arrays(np.float32, (1, 7), elements=LOGITS))
 def test_it_is_numpys_argmax(x):
     graph = parse_graph(BEFORE)
     rewrite = ChooseGreedyToken()
@@ -56,6 +69,30 @@ def test_it_is_numpys_argmax(x):
     expected = rewrite.outputs_after({"logits": x}, {"x": x})
     assert found["next_token"].dtype == expected["next_token"].dtype == np.int64
     np.testing.assert_array_equal(found["next_token"], expected["next_token"])
+    assert found["next_token"] == x.argmax()
+
+
+@given(x=arrays.arrays(np.float32, (1, 7), elements=LOGITS | NOT_FINITE))
+def test_any_logit_that_is_not_finite_gives_minus_one(x):
+    graph = parse_graph(BEFORE)
+    rewrite = ChooseGreedyToken()
+    rewrite.apply(graph)
+    token = x.argmax() if np.isfinite(x).all() else -1
+    assert run_graph(graph, {"x": x})["next_token"].tolist() == [token]
+    assert rewrite.outputs_after({"logits": x}, {})["next_token"].tolist() == [token]
+
+
+def test_every_tensorrt_reads_it():
+    graph = parse_graph(BEFORE)
+    ChooseGreedyToken().apply(graph)
+    assert all({node.op for node in graph.nodes} <= ops.ops for ops in OP_SETS.values())
+
+
+def test_a_token_that_something_else_chose_is_left_alone():
+    text = EXPECTED.replace("next_token = Where(any_bad, minus, likeliest)", "")
+    graph = parse_graph(text.replace("likeliest", "next_token"), axes=PARTS["axes"])
+    result = ChooseGreedyToken().apply(graph)
+    assert "is taken" in result.refusals[0].reason
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mvlm_export.engines.errors import PassError
 from mvlm_export.passes.decoder.constant_rotary_tables import ConstantRotaryTables
 from mvlm_export.passes.decoder.fold_rotary_sign import FoldRotarySign
+from mvlm_export.passes.editing import consumers
 from mvlm_export.passes.graph_io import import_graph
 from tests.passes.graphs import (
     assert_same_structure,
@@ -172,6 +173,53 @@ def test_what_is_no_match(old, new):
     text = text.replace("(int64[S] pos)", "(float[S] x)") if "(x)" in new else text
     text = text.replace("  t =", "  n = Neg(m)\n  t =") if "n)" in new else text
     assert TABLES.apply(parse_graph(text, freq=frequencies())).matched == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "r = Expand(column, square)\n  m = Mul(u, r)",
+        "e = Expand(column, square)\n  r = Unsqueeze(e, one)\n  p = Unsqueeze(u, one)\n"
+        "  l = MatMul(p, r)\n  m = Squeeze(l, one)",
+    ],
+    ids=["mul", "matmul"],
+)
+def test_frequencies_that_are_repeated_one_by_one_are_refused(row):
+    """[[a], [b]] expanded to [[a, a], [b, b]] is no row [a, b]."""
+    text = HEADER.replace("[S]", "[3]").replace("S,6", "3,6") + MUL
+    text = text.replace("<float", "<int64[2] square = {3,3}, int64[1] one = {1}, float")
+    text = text.replace("m = Mul(u, freq)", f"column = Unsqueeze(freq, last)\n  {row}")
+    if "Squeeze" in row:  # Cos and Sin keep the axis, so that the product is theirs.
+        text = text.replace("  m = Squeeze(l, one)\n", "").replace("(m, m)", "(l, l)")
+        text = text.replace("3,6]", "3,1,6]")
+    result = TABLES.apply(parse_graph(text, freq=frequencies()))
+    assert (result.matched, result.rewritten) == (2, 0)
+    assert "repeats numbers of 'column', not the row of them" in result.refusals[0].reason
+
+
+@pytest.mark.parametrize("source", [np.float32, np.int64])
+def test_frequencies_that_were_integers_are_refused(source):
+    text = (HEADER + MUL).replace("Mul(u, freq)", "Mul(g, u)")
+    casts = "  i = Cast<to=7>(freq)\n  g = Cast<to=1>(i)\n"
+    text = text.replace("  m =", casts + "  m =")
+    if source is np.int64:
+        text = text.replace("float[3] freq", "int64[3] freq")
+    result = TABLES.apply(parse_graph(text, freq=np.array([3, 2, 1], source)))
+    assert (result.matched, result.rewritten) == (2, 0)
+    assert "is int64, the angles are not float32 throughout" in result.refusals[0].reason
+
+
+def test_functions_of_another_domain_are_no_match():
+    text = (HEADER + MUL).replace('["" : 20]', '["" : 20, "my" : 1]')
+    text = text.replace("= Cos", "= my.Cos").replace("= Sin", "= my.Sin")
+    assert TABLES.apply(parse_graph(text, freq=frequencies())).matched == 0
+
+
+def test_what_is_replaced_reads_nothing():
+    graph = graph_of(MUL)
+    angles = graph.tensors()["t"]
+    TABLES.run(graph)
+    assert consumers(angles) == []
 
 
 def test_bad_setting():

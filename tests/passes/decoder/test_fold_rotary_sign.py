@@ -139,6 +139,13 @@ def test_refusals(old, new, reason):
     assert reason in result.refusals[0].reason
 
 
+def test_a_half_that_is_negated_twice_is_refused():
+    text = BEFORE.replace("qn = Neg(q2)", "q3 = Neg(q2)\n  qn = Neg(q3)")
+    result = check_pass(FoldRotarySign(), parse_graph(text, **table()), rtol=0, pos=9)
+    assert (result.matched, result.rewritten) == (2, 0)
+    assert result.refusals[0].reason == "'q3' is negated twice"
+
+
 def test_another_op_or_order_is_no_match():
     for change in (("Mul(", "Div("), ("Concat<axis=-1>(qn, q1)", "Concat<axis=-1>(q1, qn)")):
         text = BEFORE.replace(*change).replace("(kn, k1)", "(k1, kn)")

@@ -140,6 +140,12 @@ def test_refusals(old, new, reason):
     assert reason.split("'node")[0] in result.refusals[0].reason
 
 
+def test_a_refused_graph_keeps_its_rows():
+    text = before().replace("logits =", "y =", 1).rstrip().removesuffix("}")
+    graph = graph_of(text + "  logits = Softmax<axis=0>(y)\n}")
+    assert check_pass(KeepLastRow(), graph).rewritten == 0
+
+
 def test_a_bias_a_cast_and_a_quantized_head_are_row_wise():
     text = before().replace(
         "logits = MatMul(x, head)",

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvlm_export.passes.general.clean_layout import CleanLayout
-from tests.passes.graphs import assert_same_structure, check_pass, nano_graph, parse_graph
+from tests.passes.graphs import (
+    assert_same_structure,
+    check_pass,
+    nano_graph,
+    parse_graph,
+    run_graph,
+)
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
 BEFORE = (
@@ -69,8 +75,6 @@ INT64_MAX = 2**63 - 1
         ("b = Mul(one, a)", "float one = {1}"),
         ("b = Mul(a, one)", "float[4,1] one = {1,1,1,1}"),
         ("b = Div(a, one)", "float one = {1}"),
-        ("b = Add(nil, a)", "float nil = {0}"),
-        ("b = Sub(a, nil)", "float[6] nil = {0,0,0,0,0,0}"),
         ("c = Unsqueeze(a, k)\n b = Squeeze(c, l)", "int64[1] k = {-1}, int64[1] l = {3}"),
         ("c = Unsqueeze(a, k)\n b = Squeeze(c, k)", "int64[2] k = {0,2}"),
         ("c = Reshape(a, s)\n b = Reshape(c, t)", "int64[1] s={-1}, int64[3] t={-1,4,6}"),
@@ -108,6 +112,7 @@ def test_what_does_nothing_goes(node, consts):
         ("b = Mul(a, one)", "float[1,1,1,1] one = {1}", "float[1,B,4,6]"),
         ("b = Div(one, a)", "float one = {1}", "float[B,4,6]"),
         ("b = Sub(nil, a)", "float nil = {0}", "float[B,4,6]"),
+        ("b = Add(a, nil)", "float nil = {0}", "float[B,4,6]"),
     ],
 )
 def test_what_does_something_stays(node, consts, shape):
@@ -217,6 +222,21 @@ def test_refusals_at_outputs(nodes, outputs, reason):
     result = check_pass(CleanLayout(), parse(nodes, outputs=outputs))
     assert (result.matched, result.rewritten) == (1, 0)
     assert reason in result.refusals[0].reason
+
+
+def test_a_graph_without_recorded_types():
+    graph = parse("a = Neg(x)\n y = Identity(a)")
+    graph.tensors()["a"].dtype = graph.tensors()["a"].shape = None
+    assert check_pass(CleanLayout(), graph).rewritten == 1
+    assert (ops(graph), graph.outputs[0].shape) == (["Neg"], ["B", 4, 6])
+
+
+def test_adding_zero_stays_where_the_sign_of_zero_counts():
+    graph = parse(
+        "a = Add(x, n)\n y = Reciprocal(a)", "float[1] x", "float[1] y", "float n={0}"
+    )
+    CleanLayout().apply(graph)
+    assert run_graph(graph, {"x": np.array([-0.0], np.float32)})["y"] == np.inf
 
 
 def test_dropout_in_training_is_refused():

@@ -1,12 +1,16 @@
 """What is known beforehand becomes a constant."""
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mvlm_export.passes.deferred import DeferredValues
 from mvlm_export.passes.general.fold_constants import FoldConstants
+from mvlm_export.passes.graph_io import import_graph
+from mvlm_export.passes.type_inference import infer_types
 from tests.passes.graphs import (
     assert_same_structure,
     check_pass,
@@ -137,6 +141,55 @@ def test_an_output_of_the_graph_is_refused():
     text = "g (float[B] x) => (float[B] y, float[2] z) <float[2] a = {1, 2}> {"
     text += "z = Neg(a)\n y = Abs(x) }"
     assert refused(text) == "its result 'z' is an output of the graph"
+
+
+def test_a_node_is_refused_once():
+    text = """g (int64[1] x) => (int64[1] y, int64[1] z) <int64[1] a = {7}, int64[1] b = {1}> {
+      q = Neg(a)
+      r = Abs(b)
+      y = Add(q, r)
+      z = Neg(x) }"""
+    result = FoldConstants().apply(parse_graph(HEAD + text))
+    assert (result.matched, result.rewritten) == (3, 2)
+    assert result.refusals[0].reason == "its result 'y' is an output of the graph"
+
+
+INT4 = np.arange(-8, 8).reshape(2, 8).astype(ml_dtypes.int4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weight", "reason"),
+    [
+        ("d = Transpose(f)\n f = Cast<to=1>(w)", INT4, "'w' holds int4 values"),
+        ("d = Cast<to=1>(t)\n t = Transpose(w)", INT4, "'w' holds int4 values"),
+        ("d = Cast<to=1>(i)\n i = Cast<to=22>(w)", np.ones(2), "'i' holds int4 values"),
+    ],
+)
+def test_values_of_4_bits_are_refused(nodes, weight, reason):
+    text = f"g (float[8,2] x) => (float[8,2] y) {{ {nodes}\n y = Add(x, d) }}"
+    graph = import_graph(onnx.parser.parse_model(HEAD + text))
+    held = DeferredValues(weight.shape, weight.dtype, lambda: weight)
+    graph.tensors()["w"].to_constant(held)
+    graph.toposort()
+    infer_types(graph)
+    result = FoldConstants().apply(graph)
+    assert (result.matched, result.rewritten) == (1, 0)
+    assert result.refusals[0].reason == reason
+
+
+def test_text_is_refused():
+    text = "g (int64[2] x) => (string[2] y) <float[2] a = {1, 2}> {"
+    text += "t = Cast<to=8>(a)\n u = Cast<to=8>(x)\n y = StringConcat(t, u) }"
+    assert refused(text) == "'t' holds text"
+
+
+def test_a_graph_without_recorded_types():
+    text = (
+        "g (float[2] x) => (float[2] y) <float[2] a = {1, 2}> { n = Neg(a)\n y = Add(x, n) }"
+    )
+    graph = import_graph(onnx.parser.parse_model(HEAD + text))
+    assert graph.tensors()["n"].dtype is None
+    assert check_pass(FoldConstants(), graph).rewritten == 1
 
 
 def test_sizes_that_only_running_tells_are_refused():

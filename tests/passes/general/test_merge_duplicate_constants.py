@@ -95,6 +95,16 @@ def test_an_input_of_the_graph_is_refused():
     assert "'v' is an input of the graph" in result.refusals[0].reason
 
 
+def test_outputs_of_the_graph_that_no_node_reads():
+    graph = parse_graph(BEFORE, **WEIGHTS)
+    tensors = graph.tensors()
+    graph.outputs += [tensors["u"], tensors["v"]]
+    for node in graph.nodes:
+        node.inputs[1] = tensors["w"]
+    assert check_pass(MergeDuplicateConstants(), graph).matched == 0
+    assert [tensor.name for tensor in graph.outputs] == ["y", "u", "v"]
+
+
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=12))
 def test_any_constants(numbers):
     nodes = [f"t{i + 1} = Add(t{i}, c{i})" for i in range(len(numbers))]

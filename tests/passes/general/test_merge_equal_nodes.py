@@ -96,6 +96,15 @@ def test_an_output_of_the_graph_keeps_its_name(outputs):
     assert check_pass(MergeEqualNodes(), graph).rewritten == 1
 
 
+@pytest.mark.parametrize("output", ["a", "b"])
+def test_a_graph_without_recorded_types(output):
+    graph = two("a = Neg(x)", "b = Neg(x)", f"float[B] {output}, float[B] y")
+    inner = graph.tensors()["b" if output == "a" else "a"]
+    inner.dtype = inner.shape = None
+    assert check_pass(MergeEqualNodes(), graph).rewritten == 1
+    assert [tensor.shape for tensor in graph.outputs] == [["B"], ["B"]]
+
+
 def test_two_outputs_of_the_graph_are_refused():
     graph = two("a = Neg(x)", "b = Neg(x)", "float[B] a, float[B] b, float[B] y")
     result = check_pass(MergeEqualNodes(), graph)

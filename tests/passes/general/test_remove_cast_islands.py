@@ -171,6 +171,22 @@ def test_an_output_of_the_graph_keeps_its_name():
     assert ops(graph) == ["Transpose"]
 
 
+def test_two_outputs_of_the_graph_from_one_moved_tensor_are_refused():
+    text = "a = Cast<to=1>(x)\n t = Transpose(a)\n y = Cast<to=10>(t)\n z = Cast<to=10>(t)"
+    graph = parse(text, outputs="float16[4,B] y, float16[4,B] z")
+    result = check_pass(RemoveCastIslands(), graph)
+    assert (result.matched, result.rewritten) == (2, 0)
+    assert {r.reason for r in result.refusals} == {"'y' and 'z' are both outputs of the graph"}
+    assert [tensor.name for tensor in graph.outputs] == ["y", "z"]
+
+
+def test_an_output_and_an_inner_tensor_from_one_moved_tensor():
+    text = "a = Cast<to=1>(x)\n t = Transpose(a)\n y = Cast<to=10>(t)\n b = Cast<to=10>(t)\n"
+    graph = parse(text + "z = Neg(b)", outputs="float16[4,B] y, float16[4,B] z")
+    assert check_pass(RemoveCastIslands(), graph).rewritten == 2
+    assert [tensor.name for tensor in graph.outputs] == ["y", "z"]
+
+
 def test_an_output_that_would_be_an_input_is_refused():
     graph = parse("a = Cast<to=1>(x)\n y = Cast<to=10>(a)")
     result = check_pass(RemoveCastIslands(), graph)
@@ -190,6 +206,9 @@ def test_an_output_that_would_be_an_input_is_refused():
         ("int8", "uint8", False),
         ("bool", "float16", True),
         ("float32", "int64", False),
+        ("bfloat16", "float32", True),
+        ("float64", "object", False),
+        ("object", "object", False),
     ],
 )
 def test_lossless(source, target, exact):

@@ -196,6 +196,10 @@ REFUSALS = {
         [(KEYS, KEYS + "\n  z = Relu(past_key)")],
         "past_key_values.0.key' is also read",
     ),
+    "rows given": (
+        [("present_value)\n  <", "present_value, int64[1] t_1)\n  <")],
+        "'t_1', the rows of 'past_key_values.0.value', is an output of the graph",
+    ),
     "other past": (
         [("past_value)\n  =>", "past_value, float[T,4,16] past_other)\n  =>")],
         "no attention was found for the past 'past_key_values.1.key'",

@@ -215,12 +215,37 @@ def test_the_largest_numbers_and_zeros_are_converted():
     assert float16_problem("k", k, exact=False) is None
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_are_an_error(value):
+def test_nan_in_a_weight_is_an_error():
     k = weights()["k"].copy()
-    k[0, 0] = value
-    with pytest.raises(PassError, match="the weight 'k' holds values that are not finite"):
+    k[0, 0] = np.nan
+    with pytest.raises(PassError, match="the weight 'k' holds values that are no numbers"):
         ConvertToFloat16().apply(parse_graph(BEFORE, **weights(k=k)))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_a_mask_of_infinities_keeps_its_node(value):
+    text = "g (float[4,4] x) => (float[4,4] y) { a = Relu(x)\n b = Min(a, m)\n y = Neg(b) }"
+    text = text.replace("Min", "Max") if value < 0 else text
+    mask = np.where(np.tri(4) > 0, np.float32(0.5), np.float32(value))
+    graph = parse_graph(HEAD + text, m=mask)
+    before, result = graph.copy(), ConvertToFloat16().apply(graph)
+    feeds = {"x": np.arange(16, dtype=np.float16).reshape(4, 4)}
+    found = run_graph(graph, feeds)["y"]
+    expected = run_graph(before, {"x": feeds["x"].astype(np.float32)})["y"]
+    np.testing.assert_array_equal(found, expected.astype(np.float16))
+    assert (result.matched, result.rewritten) == (3, 2)
+    assert "the weight 'm' holds inf, beyond float16's" in result.refusals[0].reason
+
+
+@pytest.mark.parametrize("op", ["Div", "Mod<fmod=1>"])
+def test_divisors_are_held_exactly(op):
+    text = f"g (float[4] x) => (float[4] y) {{ a = Relu(x)\n b = {op}(a, d)\n y = Neg(b) }}"
+    divisors = np.array([1, 2, 1e-8, 1], np.float32)
+    graph = parse_graph(HEAD + text, d=divisors)
+    result = ConvertToFloat16().apply(graph)
+    assert (result.matched, result.rewritten) == (3, 2)
+    assert "the constant 'd' holds 1e-08, which float16 does not" in result.refusals[0].reason
+    np.testing.assert_array_equal(constants(graph)["d"], divisors)
 
 
 @pytest.mark.parametrize("value", [1e-6, -1e30, 1e5, -np.inf])
@@ -323,6 +348,118 @@ def test_positions_stay_float32_until_their_sine():
     graph = parse_graph(HEAD + text, w=weights()["n"].reshape(1, 4))
     ConvertToFloat16().apply(graph)
     assert dtypes(graph, "Mul") == dtypes(graph, "Cos") == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("angle", "table"),
+    [
+        ("MatMul(u, t)", np.array([[1, 0.1, 0.01, 0.001]])),
+        ('Einsum<equation="ij,jk->ik">(u, t)', np.array([[1, 0.1, 0.01, 0.001]])),
+        ("Gather(t, p)", np.arange(5000)[:, None] * [[1, 0.1, 0.01, 0.001]]),
+    ],
+    ids=["product", "einsum", "table"],
+)
+def test_angles_stay_float32_until_their_cosine(angle, table):
+    text = f"""g (int64[S] p) => (float[S,4] y) {{
+      f = Cast<to=1>(p)
+      i = Constant<value=int64[1] {{1}}>()
+      u = Unsqueeze(f, i)
+      a = {angle}
+      y = Cos(a) }}"""
+    graph = parse_graph(HEAD + text, t=table.astype(np.float32))
+    before, feeds = graph.copy(), {"p": np.array([5, 2047, 4001])}
+    ConvertToFloat16().apply(graph)
+    found, expected = (run_graph(g, feeds)["y"] for g in (graph, before))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "d = Div(f, k)\n r = Floor(d)",
+        "d = Div(f, k)\n r = Ceil(d)",
+        "d = Div(f, k)\n r = Round(d)",
+        "r = Mod<fmod=1>(f, k)",
+        "s = Relu(f)\n r = Mul(s, k)",
+    ],
+    ids=["floor", "ceil", "round", "mod", "relu"],
+)
+def test_index_arithmetic_stays_float32(nodes):
+    text = f"""g (int64[4] x, float[4] z) => (int64[4] i, float[4] y) <float k = {{3}}> {{
+      f = Cast<to=1>(x)
+      {nodes}
+      i = Cast<to=7>(r)
+      y = Mul(z, k) }}"""
+    graph = parse_graph(HEAD + text)
+    before, x = graph.copy(), np.array([5001, 7001, 12344, 65535])
+    assert ConvertToFloat16().apply(graph).rewritten == 1
+    z = np.ones(4, np.float32)
+    found = run_graph(graph, {"x": x, "z": z.astype(np.float16)})
+    np.testing.assert_array_equal(found["i"], run_graph(before, {"x": x, "z": z})["i"])
+    assert dtypes(graph, "Mul") >= {"float16"}
+
+
+def test_pixels_of_bytes_to_bytes_are_no_index_arithmetic():
+    text = """g (uint8[B] x) => (uint8[B] y) <float k = {2}> {
+      a = Cast<to=1>(x)
+      b = Div(a, k)
+      c = Relu(b)
+      y = Cast<to=2>(c) }"""
+    graph = parse_graph(HEAD + text)
+    ConvertToFloat16().apply(graph)
+    assert dtypes(graph, "Relu") == {"float16"}
+
+
+def test_a_cast_like_another_tensor_stays_float32():
+    text = """g (int64[4] x, float[4] z) => (float[4] y) {
+      r = Relu(z)
+      f = CastLike(x, r)
+      e = Exp(r)
+      u = Add(f, e)
+      y = Neg(u) }"""
+    graph = parse_graph(HEAD + text)
+    check(graph)
+    assert dtypes(graph, "CastLike") == {"float32"}
+
+
+# Constants that are no initializers of inner nodes
+
+
+def test_constant_nodes_become_float16_weights():
+    text = """g (float[S,2] x) => (float[S,2] y) {
+      c = Constant<value=float[2] {1.5, 3}>()
+      y = Add(x, c) }"""
+    graph = parse_graph(HEAD + text)
+    assert check(graph).rewritten == 1
+    assert [node.op for node in graph.nodes] == ["Add"]
+    np.testing.assert_array_equal(
+        constants(graph)["c.float16"], np.array([1.5, 3], np.float16)
+    )
+
+
+def test_constant_nodes_of_another_form_are_an_error():
+    text = "g (float[2] x) => (float[2] y) { c = Constant<value_floats=[1.0, 2.0]>()\n"
+    graph = parse_graph(HEAD + text + "y = Add(x, c) }")
+    with pytest.raises(PassError, match="Constant 'c' holds its numbers as value_floats"):
+        ConvertToFloat16().apply(graph)
+
+
+@pytest.mark.parametrize("keep", [[], ["w"]], ids=["converted", "kept"])
+def test_a_weight_that_is_an_output_of_the_graph(keep):
+    text = "g (float[S,2] x) => (float[S,2] y) <float[2] w = {1, 2}> { y = Add(x, w) }"
+    graph = parse_graph(HEAD + text)
+    graph.outputs.append(graph.tensors()["w"])
+    rewrite, before = ConvertToFloat16(keep_io=keep), graph.copy()
+    rewrite.apply(graph)
+    feeds = random_feeds(graph)
+    expected = rewrite.outputs_after(run_graph(before, rewrite.feeds_before(feeds)), feeds)
+    found = run_graph(graph, feeds)
+    assert list(found) == ["y", "w"]
+    assert found["w"].dtype == expected["w"].dtype == (np.float32 if keep else np.float16)
+    np.testing.assert_array_equal(found["w"], expected["w"])
+
+
+# Casts that were there
 
 
 def test_casts_that_were_there_are_not_doubled():

@@ -138,6 +138,8 @@ NOT_ROTATED = {
         [("cos_rows = Gather<axis=0>(cos,", "c = Abs(cos)\n  cos_rows = Gather<axis=0>(c,")],
         "'q_rotated' is not rotated by constant tables",
     ),
+    "turned apart": (SIGN_IN_TABLE[1:], "are turned in opposite directions by 'sin'"),
+    "scale 0": ([("scale = {0.25}", "scale = {0}")], "'q_rotated' are scaled by 0"),
     "double": ([("float", "double")], "'q_rotated' is float64"),
 }
 

@@ -86,8 +86,8 @@ def block(size):
         ([READ_TWICE, TWO_OUTPUTS], (4, 24), "'w' inside it is also read by Relu"),
         ([SHARED, TWO_OUTPUTS], (4, 24), "the weight 'q' is shared with DequantizeLinear"),
         ([("axis=0", "axis=1"), ("[4,24]", "[64,2]")], (64, 2), "do not lie along its rows"),
-        (block(8), (8, 24), "'q' has blocks of 8, not 16 or a larger power of two"),
-        (block(48), (2, 24), "'q' has blocks of 48, not 16 or"),
+        (block(8), (8, 24), "'q' has blocks of 8, not one of 16, 32, 64, 128, 256"),
+        (block(48), (2, 24), "'q' has blocks of 48, not one of 16,"),
         (block(128), (1, 24), "the 64 rows of 'q' are no blocks of 128"),
         ([("(q, s)", "(q, t)"), ("  w =", "  t = Abs(s)\n  w =")], (4, 24), "by Abs"),
     ],
@@ -167,3 +167,12 @@ def test_activations_of_8_bits_are_near():
 def test_an_accuracy_level_that_is_none():
     with pytest.raises(PassError, match="no accuracy_level 5; give one of 0 "):
         UseMatMulNBits(5)
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_blocks_larger_than_the_kernel_takes(size):
+    quantized, scales = weights(512, block=size)
+    sizes = ("64", "512"), ("[4,24]", f"[{512 // size},24]"), ("=16", f"={size}")
+    graph = graph_of(*sizes, quantized=quantized, scales=scales)
+    result = check_pass(UseMatMulNBits(), graph)
+    assert (result.matched, result.rewritten) == (1, int(size == 256))

@@ -104,8 +104,18 @@ def test_outputs_of_the_graph_keep_their_names():
             [("float epsilon = {0.25}", "float[8] epsilon = {1, 1, 1, 1, 1, 1, 1, 1}")],
             "'epsilon' is not one",
         ),
+        (
+            [
+                ("float epsilon = {0.25}", "float[1,1,1] epsilon = {0.25}"),
+                (
+                    "=> (float[S,8] y, float[S,8] next)",
+                    "=> (float[R,S,8] y, float[R,S,8] next)",
+                ),
+            ],
+            "'epsilon' is not one",
+        ),
     ],
-    ids=["difference", "bias", "broadcast", "axis", "read", "epsilon"],
+    ids=["difference", "bias", "broadcast", "axis", "read", "epsilon", "wide epsilon"],
 )
 def test_refusals(changes, reason):
     result = UseSkipRmsNorm().apply(graph_of(*changes))
@@ -119,6 +129,17 @@ def test_a_type_that_the_operator_does_not_take():
         UseSkipRmsNorm().apply(graph_of(*double, values=weights().astype("d"))).refusals
     )
     assert refusal.reason == "'h' is float64"
+
+
+def test_rows_of_unknown_number_may_broadcast():
+    reshaped = ("h = Add(a, b)", "c = Reshape(a, k)\n  d = Reshape(b, k)\n  h = Add(c, d)")
+    given = ("float[S,8] b)", "float[R,8] b, int64[2] k)")
+    opened = ("=> (float[S,8] y, float[S,8] next)", "=> (float[M,8] y, float[M,8] next)")
+    graph = graph_of(reshaped, given, opened)
+    for name in "cdh":
+        graph.tensors()[name].shape = [None, 8]
+    (refusal,) = UseSkipRmsNorm().run(graph).refusals
+    assert refusal.reason == "an axis of 'h' is not known, so Add 'h' may broadcast"
 
 
 def test_another_op_between_is_no_match():

@@ -92,6 +92,14 @@ def test_refusals(change, values, reason):
     assert reason in result.refusals[0].reason
 
 
+def test_two_skips_fold_in_one_run():
+    text = BEFORE.replace("y = Add(c, x)", "a = Add(x, c)\n  y = Add(a, x)")
+    graph = parse_graph(text, **weights())
+    result = check_pass(FoldPegSkip(), graph)
+    assert (result.matched, result.rewritten) == (2, 2)
+    assert_same_structure(graph, parse_graph(EXPECTED, **weights()))
+
+
 def test_another_op_between_is_no_match():
     text = BEFORE.replace("y = Add(c, x)", "r = Relu(c)\n  y = Add(r, x)")
     assert FoldPegSkip().apply(parse_graph(text, **weights())).matched == 0

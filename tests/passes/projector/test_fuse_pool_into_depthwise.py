@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvlm_export.passes.deferred import is_deferred
+from mvlm_export.passes.editing import consumers
 from mvlm_export.passes.projector.fold_peg_skip import FoldPegSkip
 from mvlm_export.passes.projector.fuse_pool_into_depthwise import FusePoolIntoDepthwise
 from tests.passes.graphs import (
@@ -86,6 +87,20 @@ def test_the_skip_may_be_the_first_operand():
     graph = parse_graph(WITH_SKIP.replace("Add(c, p)", "Add(p, c)"), **weights())
     assert check_pass(FusePoolIntoDepthwise(), graph).rewritten == 1
     assert [node.op for node in graph.nodes] == ["Conv"]
+
+
+def test_what_is_replaced_reads_nothing():
+    graph = parse_graph(WITH_SKIP, **weights())
+    FusePoolIntoDepthwise().run(graph)
+    fused = graph.outputs[0].inputs[0]
+    assert consumers(fused.outputs[0]) == []
+    assert consumers(graph.inputs[0]) == [fused]
+
+
+def test_an_add_of_another_domain_is_no_skip():
+    text = WITH_SKIP.replace('["" : 20]', '["" : 20, "my" : 1]').replace("= Add", "= my.Add")
+    result = FusePoolIntoDepthwise().apply(parse_graph(text, **weights()))
+    assert "'p' inside it is also read by Add" in result.refusals[0].reason
 
 
 def test_an_addition_of_something_else_stays():

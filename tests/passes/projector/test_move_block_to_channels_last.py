@@ -159,6 +159,12 @@ def test_refusals(changes, reason):
     assert reason in result.refusals[0].reason
 
 
+def test_one_channel_may_meet_several_gates():
+    text = BEFORE.replace("5,6,8] x", "5,6,1] x").replace("[4,8,1,1] f", "[4,1,1,1] f")
+    used = weights() | {"f": weights(channels=1)["f"]}
+    assert check_pass(MoveBlockToChannelsLast(), parse_graph(text, **used)).rewritten == 1
+
+
 def test_another_activation_is_no_match():
     text = BEFORE.replace("HardSwish(t)", "Gelu(t)")
     assert MoveBlockToChannelsLast().apply(parse_graph(text, **weights())).matched == 0

@@ -146,6 +146,20 @@ def test_refusals(changes, reason):
     assert reason in result.refusals[0].reason
 
 
+def test_a_bias_that_widens_is_refused():
+    used = {"w": weights(outer=1)["w"], "b": weights()["b"]}
+    graph = parse_graph(BEFORE.replace("[3,5] w", "[3,1] w"), **used)
+    result = MovePoolBeforePointwise().apply(graph)
+    assert "the bias 'b' widens 1 channels to (5,)" in result.refusals[0].reason
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 5)])
+def test_a_bias_may_have_any_shape_that_does_not(shape):
+    text = BEFORE.replace("float[5] b", f"float{list(shape) or ''} b")
+    graph = parse_graph(text, w=weights()["w"], b=np.full(shape, 2, np.float32))
+    assert check_pass(MovePoolBeforePointwise(), graph).rewritten == 1
+
+
 @pytest.mark.parametrize("inner", ["m", "a", "t", "v"])
 def test_an_inner_tensor_read_elsewhere(inner):
     shape = {"m": "B,24,5", "a": "B,24,5", "t": "B,5,24", "v": "B,5,4,6"}[inner]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mvlm_export.passes.editing import consumers
 from mvlm_export.passes.projector.move_block_to_channels_last import MoveBlockToChannelsLast
 from mvlm_export.passes.projector.reshape_without_transposes import ReshapeWithoutTransposes
 from tests.passes.graphs import (
@@ -65,6 +66,12 @@ def test_before_and_expected(before, expected):
     result = check_pass(ReshapeWithoutTransposes(), graph)
     assert (result.matched, result.rewritten) == (1, 1)
     assert_same_structure(graph, parse_graph(expected))
+
+
+def test_what_is_replaced_reads_nothing():
+    graph = parse_graph(TO_TOKENS)
+    ReshapeWithoutTransposes().run(graph)
+    assert [node.op for node in consumers(graph.inputs[0])] == ["Reshape"]
 
 
 @pytest.mark.parametrize(

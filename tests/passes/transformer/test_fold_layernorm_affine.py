@@ -96,6 +96,15 @@ def test_a_residual_add_is_no_bias():
     assert [node.op for node in graph.nodes].count("Add") == 3
 
 
+def test_an_add_of_another_domain_is_no_bias():
+    text = BEFORE.replace('["" : 20]', '["" : 20, "my" : 1]').replace("= Add", "= my.Add")
+    graph = parse_graph(text, **weights())
+    assert FoldLayerNormAffine().apply(graph).rewritten == 1
+    foreign = next(node for node in graph.nodes if node.domain == "my")
+    assert foreign.inputs[0].inputs[0].op == "Add"
+    assert foreign.inputs[1].name == "b"
+
+
 def test_a_shared_bias_is_left_to_the_others():
     text = BEFORE.replace("z = MatMul(n, v)", "z = MatMul(n, v)\n  u = Neg(b)").replace(
         "float[B,3,2] z)", "float[B,3,2] z, float[6] u)"

@@ -111,6 +111,41 @@ def test_a_scale_with_axes_and_a_shared_bias():
     np.testing.assert_array_equal(constants(graph)["b"], weights()["b"])
 
 
+def test_two_scales_in_a_row_fold_in_one_run():
+    text = PLAIN.replace("s = Mul(r, c)", "s0 = Mul(r, c)\n  s = Mul(d, s0)")
+    text = text.replace("float c", "float c, float d")
+    graph = parse_graph(text, **weights(), d=np.float32(3))
+    result = check_pass(FoldQueryScale(), graph)
+    assert (result.matched, result.rewritten) == (2, 2)
+    assert_close(constants(graph)["w.scaled.scaled"], 3 * 0.35 * weights()["w"])
+
+
+def test_a_scale_between_float_casts():
+    text = PLAIN.replace("q = Add(m, b)", "f = Add(m, b)\n  l = Cast<to=11>(f)\n  q = CAST")
+    graph = parse_graph(text.replace("CAST", "Cast<to=1>(l)"), **weights())
+    assert check_pass(FoldQueryScale(), graph).rewritten == 1
+
+
+@pytest.mark.parametrize("place", ["n = Cast<to=6>(f)", "n = my.Cast<to=1>(f)"])
+def test_other_casts_are_refused(place):
+    text = PLAIN.replace("q = Add(m, b)", f"f = Add(m, b)\n  {place}\n  q = Cast<to=1>(n)")
+    text = text.replace('["" : 20]', '["" : 20, "my" : 1]')
+    refuse(parse_graph(text, **weights()), "Cast 'q' stands between the projection")
+
+
+def test_a_scale_that_adds_an_axis_is_refused():
+    text = PLAIN.replace("float c", "float[1,1,1,1] c").replace("2,S,4] y", "1,2,S,4] y")
+    text = text.replace("Mul(r, c)\n  t = Transpose<perm=[1,0,2]>(s)",
+                        "Transpose<perm=[1,0,2]>(r)\n  t = Mul(c, s)")  # fmt: skip
+    graph = parse_graph(text, **weights(shape=(1, 1, 1, 1)))
+    refuse(graph, "the scale 'c' adds axes to the query 's'")
+
+
+def test_a_softmax_of_another_domain_is_no_match():
+    text = PLAIN.replace('["" : 20]', '["" : 20, "my" : 1]').replace("Softmax", "my.Softmax")
+    assert FoldQueryScale().apply(parse_graph(text, **weights())).matched == 0
+
+
 def test_a_scale_of_one_is_no_match():
     graph = parse_graph(PLAIN, **weights(scale=1.0))
     assert FoldQueryScale().apply(graph).matched == 0

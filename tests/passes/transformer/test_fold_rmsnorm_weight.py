@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvlm_export.passes.deferred import is_deferred
+from mvlm_export.passes.editing import consumers
 from mvlm_export.passes.transformer.fold_rmsnorm_weight import FoldRmsNormWeight
 from tests.passes.graphs import (
     assert_close,
@@ -103,6 +104,13 @@ def test_a_float32_island_in_a_float16_graph(change, scale):
     assert [node.op for node in graph.nodes].count("Mul") == 2
 
 
+def test_what_is_replaced_reads_nothing():
+    graph = parse_graph(BEFORE, **weights())
+    normed = graph.tensors()["n"]
+    FoldRmsNormWeight().run(graph)
+    assert [node.op for node in consumers(normed)] == ["MatMul", "MatMul"]
+
+
 def with_extra(extra, kind):
     text = BEFORE.replace("z = MatMul(k, v)", f"z = MatMul(k, v)\n  u = {extra}")
     return text.replace("float[S,2] z)", f"float[S,2] z, {kind} u)")
@@ -140,6 +148,18 @@ def test_a_cast_to_integers_is_refused():
 def test_one_number_for_all_channels_is_refused():
     text = BEFORE.replace("float[4] g", "float[1] g")
     refuse(parse_graph(text, **weights(g=(1,))), "has shape [1], not one a channel")
+
+
+def test_a_weight_that_widens_one_channel_is_refused():
+    text = BEFORE.replace("float[S,4] x", "float[S,1] x")
+    refuse(parse_graph(text, **weights()), "the weight 'g' widens 'n' of ['S', 1]")
+
+
+def test_a_norm_that_is_cast_to_integers_is_refused():
+    text = BEFORE.replace("k = Mul(n, g)", "c = Cast<to=7>(n)\n  l = Mul(c, g)\n  k = CAST")
+    text = text.replace("CAST", "Cast<to=1>(l)").replace("float[4] g", "int64[4] g")
+    graph = parse_graph(text, **weights(g=None), g=np.arange(4))
+    refuse(graph, "Cast 'c' does not give floats")
 
 
 def test_a_quantized_weight_is_refused():

@@ -115,6 +115,25 @@ def test_refusals(text, dropped, reason):
     assert reason in result.refusals[0].reason
 
 
+@pytest.mark.parametrize(
+    ("end", "taken"),
+    [
+        ("m = Mul(a, v)", "z"),
+        ("r = Relu(u)\n  m = Mul(r, z)", "u"),
+        ("r = Gelu(z)\n  m = Mul(r, u)", "z"),
+    ],
+    ids=["two-ups", "mutual", "two-activations"],
+)
+def test_a_layer_of_two_pairs_is_merged_once(end, taken):
+    text = BEFORE.replace("y = Mul(a, u)", f"k = Mul(a, u)\n  {end}\n  y = Add(k, m)")
+    text = text.replace("  u =", "  v = MatMul(x, wv)\n  u =")
+    text = text.replace("float[4,6] wu", "float[4,6] wu, float[4,6] wv")
+    graph = parse_graph(text, **weights(), wv=weights(1)["wu"])
+    result = check_pass(MergeGateUp(), graph)
+    assert (result.matched, result.rewritten) == (2, 1)
+    assert result.refusals[0].reason == f"{taken!r} belongs to another merged layer"
+
+
 def test_other_dtypes_are_refused():
     graph = parse_graph(BEFORE, **weights())
     graph.tensors()["wu"].values = weights()["wu"].astype(np.float16)

@@ -182,6 +182,22 @@ def test_a_weight_that_is_a_graph_input_is_refused():
     refuse(parse_graph(text, **given_weights), "'wk' is an input of the graph")
 
 
+def test_cross_attention_is_refused():
+    text = BEFORE.replace("k = MatMul(x, wk)", "n = Neg(x)\n  k = MatMul(n, wk)")
+    refuse(parse_graph(text, **weights()), "reads 'n', not 'x'")
+
+
+def test_keys_of_two_attentions_are_merged_once():
+    second = "q2 = MatMul(x, w2)\n  s2 = MatMul(q2, kt)\n  p2 = Softmax<axis=-1>(s2)\n"
+    text = BEFORE.replace("  y = MatMul", f"  {second}  u = MatMul(p2, values)\n  y = MatMul")
+    text = text.replace("float[S,4] v)", "float[S,4] v, float[S,4] u)")
+    text = text.replace("float[8,4] wv", "float[8,4] wv, float[8,4] w2")
+    graph = parse_graph(text, **weights(), w2=weights(1)["wq"])
+    result = check_pass(MergeQkv(), graph)
+    assert (result.matched, result.rewritten) == (2, 1)
+    assert result.refusals[0].reason == "'k' belongs to another merged layer"
+
+
 def parse_used(text, given_weights):
     """A graph with those of the weights that its nodes read."""
     body = text[text.index("{\n") :]
@@ -203,12 +219,11 @@ def refuse(graph, reason):
 @pytest.mark.parametrize(
     "change",
     [
-        ("k = MatMul(x, wk)", "n = Neg(x)\n  k = MatMul(n, wk)"),
         ("k = MatMul(x, wk)", "k = Identity(q)"),
         ("p = Softmax<axis=-1>(s)", "p = Relu(s)"),
         ("v = MatMul(x, wv)", "l = MatMul(x, wv)\n  r = MatMul(x, wk)\n  v = Add(l, r)"),
     ],
-    ids=["cross-attention", "keys-are-queries", "no-softmax", "values-of-two"],
+    ids=["keys-are-queries", "no-softmax", "values-of-two"],
 )
 def test_other_graphs_are_no_match(change):
     assert MergeQkv().apply(parse_used(BEFORE.replace(*change), weights())).matched == 0

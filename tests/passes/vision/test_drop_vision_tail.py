@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvlm_export.passes.general.remove_dead_code import RemoveDeadCode
 from mvlm_export.passes.vision.drop_vision_tail import DropVisionTail
 from tests.passes.graphs import (
     assert_same_structure,
@@ -96,21 +97,74 @@ def test_every_tensor_behind_the_attention_has_one_row_less():
     assert rows == {"a": 5} | dict.fromkeys("prnfswky", 4)
 
 
-def test_a_dead_tail_goes_and_counts():
+def test_a_dead_tail_is_left_to_remove_dead_code():
     graph = parse_graph(with_dead_tail(BEFORE), **weights())
-    assert len(graph.nodes) == 18
-    result = check_pass(DropVisionTail(), graph)
-    assert (result.matched, result.rewritten) == (2, 2)
+    result = DropVisionTail().apply(graph)
+    assert (result.matched, result.rewritten, len(graph.nodes)) == (1, 0, 18)
+    assert "'z' is also read by LayerNormalization" in result.refusals[0].reason
+    assert RemoveDeadCode().apply(graph).rewritten == 5
+    assert check_pass(DropVisionTail(), graph).rewritten == 1
     assert_same_structure(graph, parse_graph(EXPECTED, **weights()))
 
 
-def test_a_dead_tail_goes_where_the_class_row_is_kept():
+def test_a_kept_class_row_is_no_match_whatever_is_dead():
     kept = BEFORE.replace("  y = Slice(z, one, end, one, one)\n", "").replace("z =", "y =")
     kept = kept.replace("[B,4,4] y", "[B,5,4] y")
-    assert DropVisionTail().apply(parse_graph(kept, **weights())).matched == 0
-    graph = parse_graph(with_dead_tail(kept).replace("(z, g, gb)", "(y, g, gb)"), **weights())
-    assert check_pass(DropVisionTail(), graph).rewritten == 1
-    assert_same_structure(graph, parse_graph(kept, **weights()))
+    dead = with_dead_tail(kept).replace("(z, g, gb)", "(y, g, gb)")
+    for text in (kept, dead):
+        assert DropVisionTail().apply(parse_graph(text, **weights())).matched == 0
+
+
+def test_one_slice_behind_two_outputs_is_moved_once():
+    text = BEFORE.replace("float[B,4,4] y)", "float[B,4,4] y, float16[B,4,4] x)")
+    text = text.rstrip().removesuffix("}") + "  x = Cast<to=10>(y)\n}"
+    graph = parse_graph(text, **weights())
+    result = check_pass(DropVisionTail(), graph, rtol=2e-3)
+    assert (result.matched, result.rewritten) == (1, 1)
+
+
+ROWS = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[B,N,4] x) => (float[B,5,4] y)
+  <int64[1] from = {1}, int64[1] to = {6}, int64[1] axis = {1}> {
+  h = Relu(x)
+  y = Slice(h, from, to, axis)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "to", "kept", "reason"),
+    [
+        ("N", 6, 5, "it ends at row 6, not at the last"),
+        ("N", 2**31 - 2, 5, "it ends at row 2147483646, not at the last"),
+        (1, 6, 0, "it takes 0 of the 1 rows of 'h'"),
+        (9, -1, 7, "it ends at row -1, not at the last"),
+    ],
+    ids=["dynamic", "large", "one-row", "negative"],
+)
+def test_refusals_for_the_end(rows, to, kept, reason):
+    text = ROWS.replace("B,N", f"B,{rows}").replace("{6}", f"{{{to}}}")
+    result = DropVisionTail().apply(parse_graph(text.replace("B,5", f"B,{kept}")))
+    assert (result.matched, result.rewritten) == (1, 0)
+    assert result.refusals[0].reason == reason
+
+
+def test_rows_behind_the_last_are_refused():
+    text = ROWS.replace("B,N", "B,5").replace("B,5,4] y", "B,0,4] y").replace("{1}, ", "{7}, ")
+    result = DropVisionTail().apply(parse_graph(text.replace("{6}", "{9}")))
+    assert result.refusals[0].reason == "it takes 0 of the 5 rows of 'h'"
+
+
+@pytest.mark.parametrize("to", [2**31 - 1, 2**63 - 1])
+def test_the_end_of_a_dynamic_number_of_rows(to):
+    graph = parse_graph(ROWS.replace("{6}", f"{{{to}}}"))
+    assert check_pass(DropVisionTail(), graph, {"N": 6}).rewritten == 1
+
+
+def test_a_slice_of_another_domain_is_no_match():
+    text = ROWS.replace('["" : 20]', '["" : 20, "my" : 1]').replace("= Slice", "= my.Slice")
+    assert DropVisionTail().apply(parse_graph(text.replace("B,N", "B,6"))).matched == 0
 
 
 def test_a_cast_may_stand_behind_the_slice():

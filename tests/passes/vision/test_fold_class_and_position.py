@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvlm_export.passes.deferred import is_deferred
+from mvlm_export.passes.editing import consumers
 from mvlm_export.passes.vision.fold_class_and_position import FoldClassAndPosition
 from tests.passes.graphs import (
     assert_same_structure,
@@ -141,6 +142,20 @@ def test_one_position_for_all_rows_is_refused():
     given_weights = weights() | {"pos": np.ones((1, 4), np.float32)}
     result = FoldClassAndPosition().apply(parse_graph(text, **given_weights))
     assert "'pos' are [1, 4], not 7 rows" in result.refusals[0].reason
+
+
+def test_positions_that_add_an_axis_are_refused():
+    text = BEFORE.replace("[7,4] pos", "[1,1,7,4] pos").replace("[B,7,4] y", "[1,B,7,4] y")
+    given_weights = weights()
+    given_weights["pos"] = given_weights["pos"][None, None]
+    result = FoldClassAndPosition().apply(parse_graph(text, **given_weights))
+    assert "'pos' are [1, 1, 7, 4], not 7 rows" in result.refusals[0].reason
+
+
+def test_what_is_replaced_reads_nothing():
+    graph = parse_graph(BEFORE, **weights())
+    FoldClassAndPosition().run(graph)
+    assert [node.op for node in consumers(graph.inputs[0])] == ["Shape", "Pad"]
 
 
 def test_another_op_between_or_the_class_behind_is_no_match():
