@@ -93,7 +93,7 @@ class Pass(ABC):
         summary: one line on what it does.
         opsets: standard opsets it is written for.
         rounding: None for a rewrite whose result differs by float rounding of the graph's own
-            dtype; else the dtype whose rounding it brings in (``float16`` for a conversion).
+            dtype; else what it brings in, ``float16`` or ``integers``.
     """
 
     name: ClassVar[str]

@@ -151,6 +151,12 @@ def _check_int4(
             f"INT4 weight {weight.name!r} has {shape[1]} columns, an odd number",
             "Pad the last dimension to an even size.",
         )
+    if shape[axis % 2] % block:
+        yield Finding(
+            f"INT4 weight {weight.name!r} of {shape} does not divide into blocks of {block}",
+            "Quantize in blocks that divide it; TensorRT takes whole ones alone.",
+        )
+        return
     scale = weights.tensors.get(node.input[1])
     expected = [-(-size // block) if i == axis % 2 else size for i, size in enumerate(shape)]
     if scale is None:

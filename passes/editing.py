@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from mvlm_export.engines.errors import PassError
@@ -126,3 +127,10 @@ def unlink(node: gs.Node) -> None:
     """Take a node out: it reads and makes nothing, and is swept after the pass."""
     node.inputs.clear()
     node.outputs.clear()
+
+
+def set_opset(graph: gs.Graph, opset: int) -> None:
+    """Declare another opset of the standard operators; the nodes stay as they are."""
+    others = [d for d in graph.import_domains or () if d.domain not in ("", "ai.onnx")]
+    graph.import_domains = [onnx.helper.make_opsetid("", opset), *others]
+    graph.opset = opset

@@ -8,7 +8,7 @@ chosen by what a target can do, never by its name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mvlm_export.engines.errors import InputError
@@ -47,6 +47,9 @@ from .vision.fold_pixel_normalization import FoldPixelNormalization
 
 FLOAT16_PASS = ConvertToFloat16.name
 """What makes a float16 recipe."""
+
+LAST_ROW_PASS = KeepLastRow.name
+"""What leaves the logits of the last token alone."""
 
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -108,27 +111,45 @@ OPTIONAL: dict[str, str] = {
 
 
 def build_pipeline(
-    name: str, facts: ModelFacts, target: Target, options: PipelineOptions
+    name: str,
+    facts: ModelFacts,
+    target: Target,
+    options: PipelineOptions,
+    quantization: Sequence[Step] = (),
 ) -> list[Step]:
     """The steps for one graph.
 
     Args:
         name: ``vision_encoder``, ``projector`` or ``decoder``.
+        quantization: what writes integers into the graph, between the exact rewrites and the
+            conversion to float16.
 
     Raises:
         InputError: a name in ``disabled`` or ``enabled`` is no pass, or is not optional.
+    """
+    steps = [
+        *exact_steps(name, facts, options),
+        *quantization,
+        *_convert(options),
+        *_lower(name, facts, target, cache_form(facts, target, options)),
+    ]
+    return _chosen(steps, options)
+
+
+def exact_steps(name: str, facts: ModelFacts, options: PipelineOptions) -> list[Step]:
+    """The first part of a pipeline: what changes no number beyond rounding, for any target.
+
+    Raises:
+        InputError: as :func:`build_pipeline`.
     """
     check_names(options.disabled, options.enabled)
     exact = _EXACT[name](facts)
     if name == "projector" and FusePoolIntoDepthwise.name in options.enabled:
         exact = _fused_pool_steps(facts)
-    steps = [
-        *_prepare(),
-        *exact,
-        *_clean_up(),
-        *_convert(options),
-        *_lower(name, facts, target, cache_form(facts, target, options)),
-    ]
+    return _chosen([*_prepare(), *exact, *_clean_up()], options)
+
+
+def _chosen(steps: list[Step], options: PipelineOptions) -> list[Step]:
     optional = set(OPTIONAL) - options.enabled
     left_out = options.disabled | optional
     return [step for step in steps if step.rewrite.name not in left_out]

@@ -17,7 +17,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mvlm_export.engines.errors import PassError
-from mvlm_export.engines.ort_api import LOG_FATAL_ONLY, import_onnxruntime, ort_errors
+from mvlm_export.engines.ort_api import (
+    EXACT_INT8,
+    LOG_FATAL_ONLY,
+    import_onnxruntime,
+    ort_errors,
+)
 
 from .base import GraphSize, Pass, Tensors, numpy_dtype
 from .deferred import Array
@@ -26,8 +31,9 @@ from .graph_io import save_graph, to_model
 BOUNDS = {"float32": 1e-5, "float16": 5e-3}
 """Largest relative change of an output that an exact pass may make, by the graph's dtype."""
 
-CONVERSION = 2e-2
-"""The same for a pass that brings in another rounding."""
+CONVERSIONS = {"float16": 2e-2, "integers": 0.5}
+"""The same for a pass that brings in another rounding. Integers are judged by the answers;
+this bound finds what is plainly wrong, such as transposed scales."""
 
 LOCAL = 10
 """A row or a channel may change by so many times the bound, relative to the average one."""
@@ -97,7 +103,10 @@ class OrtVerifier:
         before = self._run(self._before, [rewrite.feeds_before(feeds) for feeds in all_feeds])
         found = self._run(graph, all_feeds)
         self._before = graph.copy()
-        bound = BOUNDS[dtype_of(graph)] if rewrite.rounding is None else CONVERSION
+        rounding = rewrite.rounding
+        bound = BOUNDS[dtype_of(graph)] if rounding is None else CONVERSIONS[rounding]
+        if any(node.op == "QuantizeLinear" for node in graph.nodes):
+            bound = CONVERSIONS["integers"]  # the least rounding may turn over a code
         changes = [
             _compare(outputs, rewrite.outputs_after(old, feeds), bound)
             for feeds, old, outputs in zip(all_feeds, before, found, strict=True)
@@ -137,6 +146,7 @@ class OrtVerifier:
 
     def _run(self, graph: gs.Graph, all_feeds: Sequence[Tensors]) -> list[dict[str, Array]]:
         options = self._ort.SessionOptions()
+        options.add_session_config_entry(*EXACT_INT8)
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = LOG_FATAL_ONLY
         if self._threads is not None:

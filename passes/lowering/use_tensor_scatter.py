@@ -19,12 +19,11 @@ behind a conversion to FP16 there.
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from mvlm_export.engines.errors import PassError
 
-from ..editing import fresh_name, insert_node, replace_tensor
+from ..editing import fresh_name, insert_node, replace_tensor, set_opset
 from ..matching import describe, is_foreign
 from .decoder_attention import AttentionBlock
 from .fixed_cache import FixedCachePass, make_present
@@ -66,7 +65,7 @@ class UseTensorScatter(FixedCachePass):
             if key not in masks:
                 masks[key] = self._mask(graph, block.positions)
             self._replace(graph, block, length, masks[key])
-        _raise_opset(graph)
+        set_opset(graph, OPSET)
 
     def _mask(self, graph: gs.Graph, positions: gs.Variable) -> gs.Variable:
         # Four axes from the start: widened behind the comparison, TensorRT-RTX 1.7 fails to
@@ -91,12 +90,6 @@ class UseTensorScatter(FixedCachePass):
         rows_first = insert_node(graph, "Transpose", [attended], attrs={"perm": [0, 2, 1, 3]})
         output = insert_node(graph, "Squeeze", [rows_first, np.array([0])], block.match.root)
         replace_tensor(graph, block.match.root, output)
-
-
-def _raise_opset(graph: gs.Graph) -> None:
-    others = [d for d in graph.import_domains or () if d.domain not in ("", "ai.onnx")]
-    graph.import_domains = [onnx.helper.make_opsetid("", OPSET), *others]
-    graph.opset = OPSET
 
 
 def _heads_first(graph: gs.Graph, rows: gs.Variable) -> gs.Variable:
