@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvlm_export.calibration.data import Sample, read_samples
+from mvlm_export.calibration.data import Sample, choose_samples, read_samples
 from mvlm_export.engines.build import build_engines, build_stand_in
 from mvlm_export.engines.bundle import PREFIX, REPORT, Bundle, BundleWriter, write_json
 from mvlm_export.engines.doctor import read_memory
@@ -40,6 +40,8 @@ from .models.components import COMPONENTS
 from .optimize import GraphPlan, export_optimized, model_facts, pass_report
 from .prefix import compute_prefix
 from .preflight import PreflightReport, expected_shapes, preflight, scan_values
+from .quantize import CalibrationInputs, ModelQuantizer
+from .reference import ReferenceModel
 from .settings import CompileSettings, ResolvedSettings, resolve_settings
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class _Inputs:
     model: ModelSpec
     plan: GraphPlan
     samples: list[Sample]
+    calibration: list[Sample]
+    source: dict[str, str]
 
 
 class Compiler:
@@ -105,7 +109,7 @@ class Compiler:
         self._check_packages()
         with BundleWriter(self.resolved.output, self.given.overwrite) as writer:
             inputs = self._read_inputs(writer.folder)
-            passes = self._export_graphs(writer.folder, inputs)
+            passes, quantized = self._export_graphs(writer.folder, inputs)
             self._write_prefix(writer.folder, inputs)
             copy_files(self.resolved.folder, writer.folder)
             graphs = {
@@ -113,9 +117,10 @@ class Compiler:
                 for name in COMPONENTS
             }
             checks = self._check_graphs(writer.folder, graphs, inputs) | {"passes": passes}
+            if quantized:
+                checks["quantization"] = quantized
             self._enter("Hashing the bundle")
-            source = checkpoint_source(inputs.checkpoint)
-            bundle = writer.seal(self._manifest(inputs, graphs, checks, source))
+            bundle = writer.seal(self._manifest(inputs, graphs, checks))
             report: dict[str, Any] = {
                 "settings": self.resolved.to_json(),
                 "preflight": _preflight_json(inputs.checked),
@@ -161,10 +166,21 @@ class Compiler:
         model = model_spec(folder.name, config, processor, self.given.template)
         plan = self._graph_plan(config, model)
         samples = self._read_samples(model, tokenizer)
+        calibration = self._read_calibration(model, tokenizer)
         self._check_disk(output, config)
         self._enter("Checking every weight")
         scan_values(checkpoint, checked.weight_map, self.listener.advance)
-        return _Inputs(config, checkpoint, tokenizer, checked, model, plan, samples)
+        return _Inputs(
+            config,
+            checkpoint,
+            tokenizer,
+            checked,
+            model,
+            plan,
+            samples,
+            calibration,
+            checkpoint_source(checkpoint),
+        )
 
     def _limited(self, config: ModelConfig) -> ModelConfig:
         limit, most = self.given.max_length, config.text.max_position_embeddings
@@ -193,6 +209,17 @@ class Compiler:
         prepare_cases(model, tokenizer, samples, 1, model.max_positions)
         return samples
 
+    def _read_calibration(self, model: ModelSpec, tokenizer: LlamaTokenizer) -> list[Sample]:
+        """The samples that integers are chosen on; each is made ready once, as above."""
+        if not self.resolved.recipe.needs_data:
+            return []
+        from .parity_cases import prepare_cases
+
+        samples = read_samples(self.resolved.calib_data)
+        chosen = choose_samples(samples, self.given.calib_samples)
+        prepare_cases(model, tokenizer, chosen, 1, model.max_positions)
+        return chosen
+
     def _check_disk(self, output: Path, config: ModelConfig) -> None:
         needed = _weight_count(config) * np.dtype(self.resolved.dtype).itemsize
         if self.resolved.target.has_engines:
@@ -205,9 +232,12 @@ class Compiler:
                 "choose another --output."
             )
 
-    def _export_graphs(self, folder: Path, inputs: _Inputs) -> dict[str, Any]:
-        """Write the three graphs; what their passes did, by graph."""
-        report = {}
+    def _export_graphs(
+        self, folder: Path, inputs: _Inputs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write the three graphs; what their passes did and what was quantized, by graph."""
+        quantizer = self._quantizer(inputs)
+        report, quantized = {}, {}
         for name in COMPONENTS:
             self._enter(f"Exporting {name}")
             tensors = inputs.checked.weight_map[name]
@@ -215,10 +245,38 @@ class Compiler:
             def read(parameter: str, tensors: Any = tensors) -> Tensor:  # noqa: ANN401
                 return inputs.checkpoint.load(tensors[parameter])
 
-            advance = self.listener.advance
-            records = export_optimized(name, inputs.plan, read, folder / name, advance)
+            records, chosen = export_optimized(
+                name,
+                inputs.plan,
+                read,
+                folder / name,
+                self.listener.advance,
+                None if quantizer is None else quantizer.quantize,
+            )
             report[name] = pass_report(records)
-        return report
+            if chosen.plan:
+                quantized[name] = chosen.to_json()
+        if quantizer is not None:
+            quantizer.close()
+        return report, quantized
+
+    def _quantizer(self, inputs: _Inputs) -> ModelQuantizer | None:
+        recipe, output = self.resolved.recipe, self.resolved.output.resolve()
+        if recipe.is_float:
+            return None
+        return ModelQuantizer(
+            CalibrationInputs(
+                recipe,
+                inputs.calibration,
+                inputs.source["fingerprint"],
+                output.with_name(f".{output.name}.calibration"),
+            ),
+            inputs.plan,
+            inputs.model,
+            inputs.tokenizer,
+            ReferenceModel(self.resolved.folder, inputs.checkpoint, inputs.checked.weight_map),
+            self.listener.advance,
+        )
 
     def _graph_plan(self, config: ModelConfig, model: ModelSpec) -> GraphPlan:
         given = self.given
@@ -301,19 +359,18 @@ class Compiler:
         inputs: _Inputs,
         graphs: dict[str, GraphSpec],
         checks: dict[str, Any],
-        source: dict[str, str],
     ) -> Manifest:
         target = self.resolved.target
         return Manifest(
             model=inputs.model,
             target=target.name,
             jetpack=target.jetpack,
-            recipe=self.resolved.recipe,
+            recipe=self.resolved.recipe.name,
             graphs=graphs,
             kv_form=inputs.plan.kv_form,
             tools=tool_versions(),
             checks=checks,
-            source=source,
+            source=inputs.source,
         )
 
     def _build_and_compare(
@@ -326,7 +383,6 @@ class Compiler:
         if not self.given.parity:
             return None
         from .parity import ParityCheck
-        from .reference import ReferenceModel
 
         self._enter("Comparing with PyTorch")
         reference = ReferenceModel(
@@ -337,6 +393,7 @@ class Compiler:
         )
         parity = check.run()
         report["parity"] = parity.to_json()
+        report["accuracy"] = parity.accuracy.to_json()
         return parity
 
 

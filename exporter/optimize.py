@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_graphsurgeon as gs
+
+from mvlm_export.calibration.quantize_graph import GraphQuantization
 from mvlm_export.engines.image_processor import ImageProcessorConfig
 from mvlm_export.engines.kv_cache import KvForm
 from mvlm_export.engines.manifest import ModelSpec
@@ -23,6 +26,9 @@ from mvlm_export.passes.verify import IdRange, OrtVerifier
 
 from .geometry import ModelConfig
 from .graphs import WeightSource, bind_weights, capture_graph, write_graph
+
+Quantizer = Callable[[str, gs.Graph], GraphQuantization]
+"""Chooses integers for a captured graph, by its name; the graph is not changed."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +85,30 @@ def export_optimized(
     source: WeightSource,
     folder: Path,
     progress: Progress | None = None,
-) -> list[PassRecord]:
+    quantize: Quantizer | None = None,
+) -> tuple[list[PassRecord], GraphQuantization]:
     """Capture a component, run its pipeline, write ``model.onnx`` into ``folder``.
+
+    Args:
+        quantize: chooses integers; None leaves the graph in float.
+
+    Returns:
+        What the passes did, and what was quantized.
 
     Raises:
         MvlmError: PyTorch cannot export it, a pass failed or missed what it must do, or the
             file cannot be written.
     """
     graph = bind_weights(capture_graph(name, plan.config), source)
+    chosen = GraphQuantization({}, {}) if quantize is None else quantize(name, graph)
     manager = PassManager(
-        build_pipeline(name, plan.facts, plan.target, plan.options),
+        build_pipeline(name, plan.facts, plan.target, plan.options, chosen.steps()),
         None if plan.dump_dir is None else plan.dump_dir / name,
         plan.verifier(),
     )
     records = manager.run(graph)
     write_graph(graph, folder, progress)
-    return records
+    return records, chosen
 
 
 def pass_report(records: Sequence[PassRecord]) -> list[dict[str, Any]]:

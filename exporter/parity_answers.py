@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .parity_metrics import first_divergence
 from .parity_report import EndToEndParity, Verdict
+from .tolerances import Tolerance
 
 LogitsAt = Callable[[int], npt.NDArray[Any]]
 """PyTorch's logits [V] that token n of its answer was chosen from."""
@@ -57,17 +58,28 @@ def judge_answer(
     )
 
 
-def record_verdict(parity: EndToEndParity, verdict: Verdict, label: str) -> None:
-    """Count a verdict; a difference becomes a failure that names the sample."""
+def record_verdict(
+    parity: EndToEndParity, verdict: Verdict, label: str, bound: Tolerance
+) -> None:
+    """Count a verdict and list what differs, with the sample's name.
+
+    It is a failure as well where the bound holds every answer to PyTorch's, and where the
+    runtime gave none.
+    """
     parity.equal += verdict.kind == "equal"
     parity.ties += verdict.kind == "tie"
-    if verdict.kind == "different":
-        parity.failures.append(f"{label}: {verdict.reason}")
+    if verdict.kind not in ("different", "failed"):
+        return
+    text = f"{label}: {verdict.reason}"
+    parity.differences.append(text)
+    if bound.judges_each or verdict.kind == "failed":
+        parity.failures.append(text)
 
 
 def score_answers(parity: EndToEndParity) -> None:
     """Exact-answer accuracy of both sides, over all and by kind."""
     known = [item for item in parity.answers if item["truth"] is not None]
+    parity.known = len(known)
     if not known:
         return
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from mvlm_export.calibration.data import Sample
+from mvlm_export.calibration.feeds import decoder_cases
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess_uint8
 from mvlm_export.engines.manifest import ModelSpec
-from mvlm_export.engines.prompt import Conversation, get_template, tokenize_prompt
+from mvlm_export.engines.prompt import (
+    Conversation,
+    PromptIds,
+    get_template,
+    tokenize_prompt,
+)
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 
 
@@ -22,14 +28,25 @@ class Case:
 
     Attributes:
         index: its place among the samples.
-        prompt: int32 [S], image rows included.
         limit: most tokens of its answer, on PyTorch's side and in the runtime alike.
+        truth: ids of the true answer, closed by a stop id and cut where the model's positions
+            end; None where it is not known.
     """
 
     index: int
     sample: Sample
-    prompt: npt.NDArray[np.int32]
+    prompt_ids: PromptIds
     limit: int
+    truth: tuple[int, ...] | None = None
+
+    @property
+    def prompt(self) -> npt.NDArray[np.int32]:
+        """int32 [S], image rows included."""
+        return self.prompt_ids.ids
+
+    def forced_ids(self, greedy: Sequence[int]) -> list[int]:
+        """The answer to teacher-force: the true one, or else PyTorch's greedy one."""
+        return list(greedy if self.truth is None else self.truth)
 
     @property
     def label(self) -> str:
@@ -85,7 +102,17 @@ def _prepare(
             f"{max_positions}, and at least one must be left for the answer. Shorten the "
             "question, remove the sample, or compile with a larger --max-length."
         )
-    return Case(index, sample, prompt.ids, min(max_tokens, room))
+    truth = _true_ids(model, tokenizer, sample, room)
+    return Case(index, sample, prompt, min(max_tokens, room), truth)
+
+
+def _true_ids(
+    model: ModelSpec, tokenizer: LlamaTokenizer, sample: Sample, room: int
+) -> tuple[int, ...] | None:
+    if sample.answer is None:
+        return None
+    (case,) = decoder_cases(model, tokenizer, [replace(sample, history=())])
+    return tuple(case.ids[case.answer_start :][:room].tolist())
 
 
 def pixels_of(sample: Sample, model: ModelSpec) -> npt.NDArray[np.uint8]:

@@ -43,15 +43,24 @@ class TokenFigures:
 
     Attributes:
         tie: logits closer than this in PyTorch count as undecided.
+        answer_rows: look at the logits of each call's last row alone, which give the answer.
         kl: worst row, in nats.
+        answer_kl: of each call's last row.
         agreements: top-1 agreement of each row, 0 to 1.
     """
 
     tie: float
+    answer_rows: bool = False
     logits: Distance = field(default_factory=Distance)
     cache: Distance = field(default_factory=Distance)
     kl: float = 0.0
+    answer_kl: list[float] = field(default_factory=list)
     agreements: list[float] = field(default_factory=list)
+
+    @property
+    def kl_mean(self) -> float:
+        """Nats, over the rows that give an answer."""
+        return float(np.mean(self.answer_kl))
 
     @property
     def top1(self) -> float:
@@ -65,14 +74,17 @@ class TokenFigures:
             EngineError: shapes differ.
         """
         _require_shape("decoder", found.logits, wanted.logits)
-        for row, expected in zip(found.logits, wanted.logits, strict=True):
+        kept = slice(-1, None) if self.answer_rows else slice(None)
+        logits, reference = found.logits[kept], wanted.logits[kept]
+        for row, expected in zip(logits, reference, strict=True):
             self.logits = self.logits.worst(distance(row, expected))
         for row, expected in zip(found.rows, wanted.rows, strict=True):
             self.cache = self.cache.worst(measure("decoder", row, expected))
-        kl = kl_divergence(wanted.logits, found.logits).max()
-        self.kl = float(np.maximum(self.kl, kl))
-        agreement = top1_agreement(wanted.logits, found.logits, self.tie)
-        self.agreements += [agreement] * len(wanted.logits)
+        kl = kl_divergence(reference, logits)
+        self.kl = float(np.maximum(self.kl, kl.max()))
+        self.answer_kl.append(float(kl[-1]))
+        agreement = top1_agreement(reference, logits, self.tie)
+        self.agreements += [agreement] * len(reference)
 
 
 def forced_steps(

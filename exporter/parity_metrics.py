@@ -1,7 +1,8 @@
-"""Figures that say how far two tensors are apart."""
+"""Figures that say how far two tensors, or the answers of two models, are apart."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,27 @@ def kl_divergence(reference: Array, found: Array) -> Array:
     divergence = np.full(len(reference), np.inf)
     divergence[finite] = (np.exp(p) * (p - q)).sum(axis=-1)
     return divergence
+
+
+def negative_log_likelihood(logits: Array, ids: Sequence[int]) -> Array:
+    """Nats that each token costs: logits [rows, V] and the ids they should give -> [rows].
+
+    A row that is not finite costs infinitely much.
+    """
+    finite = _finite_rows(logits)
+    chosen = np.asarray(ids)[finite]
+    cost = np.full(len(logits), np.inf)
+    cost[finite] = -log_softmax(logits[finite])[np.arange(len(chosen)), chosen]
+    return cost
+
+
+def binomial_tail(count: int, hits: int, chance: float) -> float:
+    """P(X >= hits) of ``count`` tries that each hit with ``chance``, 0 < chance < 1."""
+    below = 0.0
+    for k in range(max(hits, 0)):
+        choices = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        below += math.exp(choices + k * math.log(chance) + (count - k) * math.log1p(-chance))
+    return max(0.0, 1.0 - below)
 
 
 def top1_agreement(reference: Array, found: Array, tie: float) -> float:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .accuracy_report import AccuracyReport, as_json
 from .parity_metrics import Distance
 from .tolerances import Tolerance
 
@@ -15,30 +16,38 @@ class Verdict:
     """Of one pair of answers.
 
     Attributes:
-        kind: ``tie``: they part where PyTorch itself is undecided.
+        kind: ``tie``: they part where PyTorch itself is undecided; ``failed``: the runtime
+            gave no answer.
         reason: a sentence where they are not equal.
     """
 
-    kind: Literal["equal", "tie", "different"]
+    kind: Literal["equal", "tie", "different", "failed"]
     reason: str = ""
 
 
 @dataclass
 class GraphParity:
-    """Figures of one graph over all samples, and what missed its bound."""
+    """Figures of one graph over all samples, and what missed its bound.
+
+    Attributes:
+        precision: a key of ``tolerances.TOLERANCES``.
+        kl: of the decoder's next tokens in nats, worst row.
+        kl_mean: mean over the rows that give an answer.
+        top1: share of rows whose best token agrees; of an integer decoder, of those rows.
+    """
 
     graph: str
-    dtype: str
+    precision: str
     values: Distance = field(default_factory=Distance)
     cache: Distance | None = None
     kl: float | None = None
+    kl_mean: float | None = None
     top1: float | None = None
     failures: list[str] = field(default_factory=list)
 
     def check(self, name: str, found: Distance, bound: Tolerance) -> None:
         """Note what misses its bound; a figure that is not a number misses it."""
-        if not math.isfinite(found.relative):
-            self.failures.append(f"{name} are not finite, here or in PyTorch")
+        if not self.check_finite(name, found):
             return
         if not found.relative <= bound.relative:
             self.failures.append(
@@ -49,11 +58,20 @@ class GraphParity:
                 f"{name} have cosine {found.cosine:.6f}, bound {bound.cosine}"
             )
 
-    def check_tokens(self, kl: float, top1: float, bound: Tolerance) -> None:
+    def check_finite(self, name: str, found: Distance) -> bool:
+        """Whether figures are finite; note it where they are not."""
+        finite = math.isfinite(found.relative)
+        if not finite:
+            self.failures.append(f"{name} are not finite, here or in PyTorch")
+        return finite
+
+    def check_tokens(self, kl: float, kl_mean: float, top1: float, bound: Tolerance) -> None:
         """Keep the decoder's figures on next tokens, and note what misses its bound."""
-        self.kl, self.top1 = kl, top1
+        self.kl, self.kl_mean, self.top1 = kl, kl_mean, top1
         if not kl <= bound.kl:
             self.failures.append(f"KL {kl:.2e} nats, bound {bound.kl:.0e}")
+        if not kl_mean <= bound.kl_mean:
+            self.failures.append(f"mean KL {kl_mean:.2e} nats, bound {bound.kl_mean:.0e}")
         if not top1 >= bound.top1:
             self.failures.append(f"top-1 agrees on {top1:.4f}, bound {bound.top1}")
 
@@ -65,16 +83,21 @@ class EndToEndParity:
     Attributes:
         equal: answers with the same tokens, the one that ended them included.
         ties: answers that part where PyTorch itself is undecided (``Tolerance.tie``).
+        known: samples whose true answer is known.
         accuracy, reference_accuracy: share of exact answers, None without known answers.
+        differences: answers that differ, with what parts them; ``failures`` are those of them
+            that miss a bound.
     """
 
     samples: int
     equal: int = 0
     ties: int = 0
+    known: int = 0
     accuracy: float | None = None
     reference_accuracy: float | None = None
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
@@ -84,12 +107,14 @@ class ParityReport:
 
     graphs: list[GraphParity]
     end_to_end: EndToEndParity
+    accuracy: AccuracyReport
 
     @property
     def failures(self) -> list[str]:
         """What missed its bound, with the graph in front."""
         parts = [f"{g.graph}: {text}" for g in self.graphs for text in g.failures]
-        return parts + [f"end to end: {text}" for text in self.end_to_end.failures]
+        parts += [f"end to end: {text}" for text in self.end_to_end.failures]
+        return parts + [f"accuracy: {text}" for text in self.accuracy.failures]
 
     @property
     def passed(self) -> bool:
@@ -97,16 +122,12 @@ class ParityReport:
         return not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; figures that JSON has no number for become "inf", "-inf", "nan"."""
-        report = {"passed": self.passed, "failures": self.failures, **asdict(self)}
-        return {key: _as_json(value) for key, value in report.items()}
-
-
-def _as_json(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_as_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+        """The comparison as a JSON object; ``accuracy`` has one of its own."""
+        return as_json(
+            {
+                "passed": self.passed,
+                "failures": self.failures,
+                "graphs": [asdict(graph) for graph in self.graphs],
+                "end_to_end": asdict(self.end_to_end),
+            }
+        )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.jetson import this_device_is
 from mvlm_export.engines.prompt import get_template
 from mvlm_export.engines.targets import Target, get_target
 
-RECIPES = {"fp32": "float32", "fp16": "float16"}
-"""Recipes by name, with the dtype of weights, cache and image tensors."""
+if TYPE_CHECKING:
+    from mvlm_export.calibration.recipe import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -28,6 +28,11 @@ def default_samples() -> Path:
     return ASSETS / "samples"
 
 
+def default_calibration() -> Path:
+    """Folder of the pictures, questions and answers that integers are chosen on."""
+    return ASSETS / "calibration"
+
+
 @dataclass(frozen=True)
 class CompileSettings:
     """Settings of one compile.
@@ -35,7 +40,11 @@ class CompileSettings:
     Attributes:
         output: bundle folder; None for MODEL-TARGET-RECIPE.bundle in the working folder.
         model: checkpoint folder; None for the nano model that comes with the package.
-        recipe: one of ``RECIPES``; None for the target's default.
+        recipe: a name of ``calibration.recipe.RECIPES`` or a JSON file; None for the target's
+            default.
+        calib_data: pictures, questions and answers that integers are chosen on; None for those
+            of the package.
+        calib_samples: how many of them are used.
         max_length: longest sequence; None for the checkpoint's own limit.
         template: prompt template.
         allow_unknown: let tensors pass that have no place in the model.
@@ -55,6 +64,8 @@ class CompileSettings:
     target: str = "cpu"
     jetpack: int | None = None
     recipe: str | None = None
+    calib_data: Path | None = None
+    calib_samples: int = 64
     max_length: int | None = None
     template: str = "v1"
     overwrite: bool = False
@@ -75,7 +86,7 @@ class ResolvedSettings:
 
     Attributes:
         folder: the checkpoint, absolute.
-        dtype: of weights, cache and image tensors.
+        dtype: of what is not quantized, of cache and image tensors.
         builds_here: whether this machine builds the target's engines.
     """
 
@@ -83,9 +94,10 @@ class ResolvedSettings:
     folder: Path
     output: Path
     target: Target
-    recipe: str
+    recipe: Recipe
     dtype: str
     samples: Path
+    calib_data: Path
     builds_here: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +107,7 @@ class ResolvedSettings:
             "model": str(self.folder),
             "target": self.target.name,
             "jetpack": self.target.jetpack,
-            "recipe": self.recipe,
+            "recipe": self.recipe.name,
             "max_length": given.max_length,
             "template": given.template,
             "output": str(self.output),
@@ -104,6 +116,8 @@ class ResolvedSettings:
             "stand_in": given.stand_in,
             "parity": given.parity,
             "samples": str(self.samples),
+            "calib_data": str(self.calib_data) if self.recipe.needs_data else None,
+            "calib_samples": given.calib_samples if self.recipe.needs_data else None,
             "threads": given.threads,
             "disabled_passes": ", ".join(given.disabled_passes) or None,
             "enabled_passes": ", ".join(given.enabled_passes) or None,
@@ -120,13 +134,17 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
             contradict each other or the recipe; a dump folder that cannot be used.
     """
     target = get_target(settings.target, settings.jetpack)
-    recipe = settings.recipe or target.default_recipe
-    if recipe not in RECIPES:
-        raise InputError(f"There is no recipe {recipe!r}. Choose one of {', '.join(RECIPES)}.")
+    from mvlm_export.calibration.recipe import RECIPES, find_recipe
+
+    recipe = find_recipe(settings.recipe or target.default_recipe)
+    dtype = recipe.dtype or RECIPES[target.default_recipe].dtype
+    assert dtype is not None
     get_template(settings.template)
+    if settings.calib_samples < 1:
+        raise InputError(f"--calib-samples is {settings.calib_samples}; give 1 or more.")
     folder = (settings.model or nano_checkpoint()).resolve()
-    output = settings.output or Path(f"{folder.name}-{target.name}-{recipe}.bundle")
-    _check_passes(settings, recipe)
+    output = settings.output or Path(f"{folder.name}-{target.name}-{recipe.name}.bundle")
+    _check_passes(settings, recipe.name, dtype)
     if settings.dump_dir is not None:
         _check_dump_dir(settings.dump_dir, output)
     builds_here = target.has_engines and (target.builds_on_host or this_device_is(target))
@@ -136,19 +154,20 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
         output=output,
         target=target,
         recipe=recipe,
-        dtype=RECIPES[recipe],
+        dtype=dtype,
         samples=settings.samples or default_samples(),
+        calib_data=settings.calib_data or default_calibration(),
         builds_here=builds_here,
     )
 
 
-def _check_passes(settings: CompileSettings, recipe: str) -> None:
+def _check_passes(settings: CompileSettings, recipe: str, dtype: str) -> None:
     if not (settings.disabled_passes or settings.enabled_passes):
         return
     from mvlm_export.passes.pipeline import FLOAT16_PASS, check_names
 
     check_names(settings.disabled_passes, settings.enabled_passes)
-    if RECIPES[recipe] == "float16" and FLOAT16_PASS in settings.disabled_passes:
+    if dtype == "float16" and FLOAT16_PASS in settings.disabled_passes:
         raise InputError(
             f"The recipe {recipe} is made by the pass {FLOAT16_PASS!r}, which is disabled. "
             "Compile with --recipe fp32 instead."

@@ -20,7 +20,7 @@ from .console import (
     print_settings,
     print_table,
 )
-from .parity_table import print_parity
+from .parity_table import print_accuracy, print_parity
 
 if TYPE_CHECKING:
     from ..compile import CompileResult
@@ -29,6 +29,7 @@ EXAMPLES = """\b
 Examples:
   mvlm-export --target cpu                          the nano model that comes along
   mvlm-export --target orin --model MobileVLM_V2-1.7B --output bundle
+  mvlm-export --target orin --recipe int4 --calib-data photos --output bundle
   mvlm-export --target rtx --recipe fp16 --json
   mvlm-export --verify-passes --dump-dir dumps      watch the graph passes work
 """
@@ -55,7 +56,24 @@ Examples:
     type=click.Path(path_type=Path),
     help="Bundle folder. Default: MODEL-TARGET-RECIPE.bundle in the current folder.",
 )
-@click.option("--recipe", help="fp32 or fp16. Default: the target's own.")
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="fp32, fp16, int8, int4, or a .json file. Default: the target's own.",
+)
+@click.option(
+    "--calib-data",
+    type=click.Path(path_type=Path),
+    help="Pictures, questions and answers that integers are chosen on: a folder with "
+    "samples.jsonl, or LLaVA's conversation JSON. Default: those that come along.",
+)
+@click.option(
+    "--calib-samples",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="How many of them.",
+)
 @click.option("--jetpack", type=int, help="JetPack of a Jetson target: 6 (default) or 7.")
 @click.option("--max-length", type=int, help="Longest sequence, prompt and answer together.")
 @click.option(
@@ -150,6 +168,8 @@ def _print_result(resolved: ResolvedSettings, result: CompileResult) -> None:
     _print_checks(resolved, result.report["checks"])
     if result.parity is not None:
         print_parity(result.parity)
+        if result.parity.accuracy.is_quantized:
+            print_accuracy(result.parity.accuracy)
     for line in next_steps(resolved):
         print_line(line)
 

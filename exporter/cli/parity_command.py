@@ -12,7 +12,7 @@ from mvlm_export.engines.errors import InputError, ParityError
 
 from ..settings import default_samples, nano_checkpoint
 from .console import StageProgress, print_json, print_settings
-from .parity_table import print_parity
+from .parity_table import print_accuracy, print_parity
 
 if TYPE_CHECKING:
     from ..reference import ReferenceModel
@@ -79,11 +79,13 @@ def parity(
         _check_model(loaded, reference)
         check = ParityCheck(loaded, reference, questions, progress, max_tokens, threads)
         report = check.run()
+    figures = {"parity": report.to_json(), "accuracy": report.accuracy.to_json()}
     if as_json:
-        print_json(report.to_json())
+        print_json({**figures["parity"], "accuracy": figures["accuracy"]})
     else:
         print_parity(report)
-    write_json(loaded.path / REPORT, {**_report(loaded), "parity": report.to_json()})
+        print_accuracy(report.accuracy)
+    write_json(loaded.path / REPORT, {**_report(loaded), **figures})
     if not report.passed:
         raise ParityError(
             f"{bundle} does not agree with PyTorch: {'; '.join(report.failures[:5])}."

@@ -5,9 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from mvlm_export.exporter.accuracy_report import AccuracyReport, ExactAnswers, TokenAccuracy
 from mvlm_export.exporter.parity_answers import judge_answer, record_verdict, score_answers
 from mvlm_export.exporter.parity_metrics import Distance
-from mvlm_export.exporter.parity_report import EndToEndParity, GraphParity, ParityReport
+from mvlm_export.exporter.parity_report import (
+    EndToEndParity,
+    GraphParity,
+    ParityReport,
+    Verdict,
+)
 from mvlm_export.exporter.tolerances import TOLERANCES
 
 TIE = 0.05
@@ -90,14 +96,25 @@ def test_logits_that_are_not_finite_are_no_tie(bad):
         assert verdict.kind == "different"
 
 
-def test_verdicts_are_counted():
-    parity = EndToEndParity(3)
-    record_verdict(parity, judge([5], [5]), "a")
-    record_verdict(parity, judge([8], [5], t8=0.01), "b")
-    record_verdict(parity, judge([8], [5], t8=1.0), "'c' on d.png")
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_verdicts_are_counted(precision):
+    """What differs is listed always, and fails where answers are held to PyTorch's."""
+    parity, bound = EndToEndParity(4), TOLERANCES[precision]
+    record_verdict(parity, judge([5], [5]), "a", bound)
+    record_verdict(parity, judge([8], [5], t8=0.01), "b", bound)
+    record_verdict(parity, judge([8], [5], t8=1.0), "'c' on d.png", bound)
     assert (parity.equal, parity.ties) == (1, 1)
-    (failure,) = parity.failures
-    assert failure.startswith("'c' on d.png: token 0 is 8, PyTorch's 5")
+    (difference,) = parity.differences
+    assert difference.startswith("'c' on d.png: token 0 is 8, PyTorch's 5")
+    assert parity.failures == ([difference] if precision.startswith("float") else [])
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_no_answer_fails_in_any_precision(precision):
+    parity = EndToEndParity(1)
+    verdict = Verdict("failed", "the runtime gave no answer: why")
+    record_verdict(parity, verdict, "'a' on b.png", TOLERANCES[precision])
+    assert parity.failures == ["'a' on b.png: the runtime gave no answer: why"]
 
 
 def test_accuracy_counts_a_missing_answer_as_wrong():
@@ -106,21 +123,42 @@ def test_accuracy_counts_a_missing_answer_as_wrong():
         item = {"answer": answer, "reference": "a", "truth": truth, "kind": kind}
         parity.answers.append(item)
     score_answers(parity)
-    assert (parity.accuracy, parity.reference_accuracy) == (0.5, 0.5)
+    assert (parity.known, parity.accuracy, parity.reference_accuracy) == (2, 0.5, 0.5)
     assert parity.by_kind["y"] == {"samples": 1, "accuracy": 0.0, "reference_accuracy": 0.0}
 
 
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("relative", [np.nan, np.inf])
-def test_figures_that_are_not_finite_miss_every_bound(relative):
-    bound, graph = TOLERANCES["float16"], GraphParity("decoder", "float16")
+def test_figures_that_are_not_finite_miss_every_bound(relative, precision):
+    bound, graph = TOLERANCES[precision], GraphParity("decoder", precision)
     graph.check("logits", Distance(relative, relative, np.nan), bound)
-    graph.check_tokens(relative, np.nan, bound)
-    assert len(graph.failures) == 3
+    assert not graph.check_finite("cache rows", Distance(relative, relative, np.nan))
+    graph.check_tokens(0.0, relative, 1.0, bound)
+    graph.check_tokens(0.0, 0.0, np.nan, bound)
+    assert len(graph.failures) == 4
+
+
+def test_bounds_of_tokens():
+    bound, graph = TOLERANCES["int4"], GraphParity("decoder", "int4")
+    graph.check_tokens(7.0, 0.9 * bound.kl_mean, bound.top1, bound)
+    assert graph.failures == []  # the worst row is reported, not judged
+    graph.check_tokens(7.0, 1.1 * bound.kl_mean, bound.top1 - 0.01, bound)
+    assert [text.split()[0] for text in graph.failures] == ["mean", "top-1"]
+    strict = TOLERANCES["float16"]
+    graph = GraphParity("decoder", "float16")
+    graph.check_tokens(1.1 * strict.kl, 0.0, 1.0, strict)
+    assert [text.split()[0] for text in graph.failures] == ["KL"]
 
 
 def test_json_has_no_number_that_json_lacks():
     graph = GraphParity("decoder", "float32", Distance(np.nan, np.inf, -np.inf), kl=np.inf)
-    text = json.dumps(ParityReport([graph], EndToEndParity(0)).to_json(), allow_nan=False)
-    (found,) = json.loads(text)["graphs"]
+    tokens = TokenAccuracy(1, 0, np.inf, np.inf, np.inf, 0.0, None, None)
+    accuracy = AccuracyReport({}, {}, [], tokens, ExactAnswers(0), ["mean KL inf"])
+    report = ParityReport([graph], EndToEndParity(0), accuracy)
+    (found,) = json.loads(json.dumps(report.to_json(), allow_nan=False))["graphs"]
     assert found["values"] == {"max_abs": "nan", "relative": "inf", "cosine": "-inf"}
     assert (found["kl"], found["top1"]) == ("inf", None)
+    figures = json.loads(json.dumps(accuracy.to_json(), allow_nan=False))
+    assert figures["tokens"]["kl_mean"] == "inf"
+    assert report.failures == ["accuracy: mean KL inf"]
+    assert report.passed is figures["passed"] is False

@@ -4,9 +4,11 @@ import pytest
 from mvlm_export.exporter.parity_metrics import (
     INFINITELY_FAR,
     Distance,
+    binomial_tail,
     distance,
     first_divergence,
     kl_divergence,
+    negative_log_likelihood,
     top1_agreement,
 )
 
@@ -90,3 +92,20 @@ def test_top1_counts_rows_and_forgives_ties():
 )
 def test_first_divergence(found, reference, place):
     assert first_divergence(found, reference) == place
+
+
+def test_likelihood_by_hand():
+    logits = np.log(np.array([[0.5, 0.5], [0.2, 0.8]])) + 3.0
+    found = negative_log_likelihood(logits, [1, 0])
+    assert found == pytest.approx([-np.log(0.5), -np.log(0.2)])
+    logits[0, 0] = np.nan
+    assert negative_log_likelihood(logits, [1, 0]) == pytest.approx([np.inf, -np.log(0.2)])
+
+
+def test_binomial_tail_by_hand_and_by_drawing():
+    assert binomial_tail(7, 0, 0.05) == binomial_tail(0, 0, 0.05) == 1.0
+    assert binomial_tail(7, -2, 0.05) == 1.0
+    assert binomial_tail(7, 1, 0.05) == pytest.approx(1 - 0.95**7)
+    assert binomial_tail(7, 7, 0.05) == pytest.approx(0.05**7, abs=1e-12)
+    drawn = np.random.default_rng(0).binomial(2000, 0.05, 200_000)
+    assert binomial_tail(2000, 120, 0.05) == pytest.approx((drawn >= 120).mean(), abs=2e-3)
