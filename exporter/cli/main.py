@@ -14,6 +14,7 @@ from .export_command import export
 from .inspect_command import inspect
 from .parity_command import parity
 from .run_command import run
+from .sensitivity_command import sensitivity
 
 
 def _version() -> str:
@@ -36,7 +37,7 @@ def mvlm() -> None:
     """
 
 
-for command in (export, build, run, chat, parity, inspect, doctor):
+for command in (export, build, run, chat, parity, inspect, sensitivity, doctor):
     mvlm.add_command(command)
 
 main = entry_point(mvlm, "mvlm")

@@ -1,0 +1,69 @@
+"""From settings to a graph whose layers can be measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mvlm_export.calibration.feeds import sample_warnings
+from mvlm_export.engines.errors import InputError
+
+from .compile import Compiler
+from .graphs import bind_weights, capture_graph
+from .sensitivity import GraphSensitivity, SensitivityOptions, require_mixable
+from .settings import ResolvedSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .parity import Listener
+
+
+def open_sensitivity(
+    resolved: ResolvedSettings,
+    graph: str,
+    options: SensitivityOptions,
+    folder: Path,
+    listener: Listener,
+) -> tuple[GraphSensitivity, list[str]]:
+    """Read a checkpoint and samples as a compile does, and capture one graph.
+
+    Args:
+        graph: its name.
+        folder: keeps figures; made if it is missing.
+
+    Returns:
+        The graph, and sentences on what makes the samples poor ones.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        InputError: samples or settings that cannot be used.
+        MvlmError: PyTorch cannot export the graph.
+    """
+    recipe = resolved.recipe
+    if recipe.is_float:
+        raise InputError(
+            f"The recipe {recipe.name!r} quantizes nothing, so it says nothing of how to. "
+            "Start from int4."
+        )
+    require_mixable(graph, recipe, options)
+    if not recipe.needs_data:  # samples are needed here whatever the method
+        reading = replace(recipe, decoder=replace(recipe.decoder, method="awq"))
+        resolved = replace(resolved, recipe=reading)
+    folder.mkdir(parents=True, exist_ok=True)
+    listener.stage("Reading the checkpoint")
+    compiler = Compiler(resolved, listener)
+    inputs = compiler._read_inputs(folder)
+    quantizer = compiler._quantizer(inputs)
+    assert quantizer is not None
+    quantizer.given = replace(quantizer.given, recipe=recipe)
+    listener.stage(f"Capturing {graph}")
+    tensors = inputs.checked.weight_map[graph]
+
+    def read(parameter: str) -> Tensor:
+        return inputs.checkpoint.load(tensors[parameter])
+
+    captured = bind_weights(capture_graph(graph, inputs.config), read)
+    opened = GraphSensitivity(quantizer, graph, captured, options, folder)
+    return opened, sample_warnings(inputs.calibration)
