@@ -11,10 +11,6 @@ from .errors import EngineError, MissingPackageError
 LOG_FATAL_ONLY = 4
 """Severity level: what goes wrong is raised, with its text, and need not be logged as well."""
 
-EXACT_INT8 = ("session.x64quantprecision", "1")
-"""Session entry: on CPUs without VNNI, whose 8-bit products saturate at 16 bits, take the
-slower ones that do not."""
-
 
 def import_onnxruntime(extra: str = "cpu") -> Any:  # noqa: ANN401
     """The package.

@@ -28,7 +28,7 @@ from .kv_cache import (
     cache_names,
 )
 from .manifest import NEXT_TOKEN, ModelSpec, graph_tensors
-from .ort_api import EXACT_INT8, LOG_FATAL_ONLY, import_onnxruntime, ort_errors
+from .ort_api import LOG_FATAL_ONLY, import_onnxruntime, ort_errors
 from .session import (
     BackendOptions,
     Float32Array,
@@ -115,7 +115,6 @@ class OrtBackend:
 
     def _open(self, name: str, memory_patterns: bool) -> Any:  # noqa: ANN401
         options = self._ort.SessionOptions()
-        options.add_session_config_entry(*EXACT_INT8)
         options.log_severity_level = LOG_FATAL_ONLY  # what goes wrong is raised, with its text
         options.enable_mem_pattern = memory_patterns
         if self._threads is not None:

@@ -53,8 +53,8 @@ class TokenAccuracy:
 
     Attributes:
         tokens: how many, those that end an answer included.
-        true_answers: samples whose true answer was forced; the others' is PyTorch's greedy
-            one.
+        answers: how many; one a sample.
+        true_answers: those of them that are true; the others are PyTorch's greedy ones.
         kl_mean, kl_p99, kl_max: nats.
         top1: share of tokens on whose best candidate both sides agree; where PyTorch itself is
             undecided (``Tolerance.tie``) they do.
@@ -62,6 +62,7 @@ class TokenAccuracy:
     """
 
     tokens: int
+    answers: int
     true_answers: int
     kl_mean: float
     kl_p99: float
@@ -147,6 +148,7 @@ class ForcedScores:
         self._agreeing = 0.0
         self._costs: list[float] = []
         self._reference_costs: list[float] = []
+        self._answers = 0
         self._true_answers = 0
 
     def add(self, found: Array, reference: Array, ids: Sequence[int], known: bool) -> None:
@@ -158,6 +160,7 @@ class ForcedScores:
             ids: the answer's tokens [A].
             known: whether it is the true one.
         """
+        self._answers += 1
         self._kl += kl_divergence(reference, found).tolist()
         self._agreeing += top1_agreement(reference, found, self._tie) * len(ids)
         if known:
@@ -170,6 +173,7 @@ class ForcedScores:
         kl = np.array(self._kl)
         return TokenAccuracy(
             tokens=len(kl),
+            answers=self._answers,
             true_answers=self._true_answers,
             kl_mean=float(kl.mean()),
             kl_p99=_percentile(kl, 99),

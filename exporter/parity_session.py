@@ -16,7 +16,6 @@ import numpy.typing as npt
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError
 from mvlm_export.engines.ort_api import (
-    EXACT_INT8,
     LOG_FATAL_ONLY,
     import_onnxruntime,
     ort_errors,
@@ -38,7 +37,6 @@ class GraphRunner:
         self.name = name
         self._ort = import_onnxruntime()
         options = self._ort.SessionOptions()
-        options.add_session_config_entry(*EXACT_INT8)
         options.log_severity_level = LOG_FATAL_ONLY
         options.enable_mem_pattern = False  # every step has another past length
         if threads is not None:

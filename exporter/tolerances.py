@@ -7,9 +7,9 @@ greatest size that means anything, so means and shares are held to theirs, and s
 answers are reported.
 
 Of float precisions ``relative`` grows with depth by rounding alone, about ``eps *
-sqrt(layers)``; float32's bound leaves two orders of magnitude over that. The bounds of integer
-precisions come from bundles of both nano models for ``cpu`` (float32) and ``orin`` (float16);
-``docs/parity.md`` has what was measured, and the margins.
+sqrt(layers)``; float32's bound leaves two orders of magnitude over that. The integers' bounds
+leave several times what both nano models reach, since a model of free text is less sure of its
+sentences than nano is of its few; ``docs/parity.md`` says more.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ TOLERANCES: dict[str, Tolerance] = {
         drop=0,
     ),
     "int8": Tolerance(
-        relative=0.15,
-        cosine=0.99,
+        relative=0.2,
+        cosine=0.98,
         kl=math.inf,
         kl_mean=0.05,
-        top1=0.95,
+        top1=0.90,
         tie=5e-2,
         drop=0.05,
     ),
@@ -82,7 +82,7 @@ TOLERANCES: dict[str, Tolerance] = {
         cosine=0.95,
         kl=math.inf,
         kl_mean=0.1,
-        top1=0.95,
+        top1=0.85,
         tie=5e-2,
         drop=0.05,
     ),

@@ -18,7 +18,6 @@ import onnx_graphsurgeon as gs
 
 from mvlm_export.engines.errors import PassError
 from mvlm_export.engines.ort_api import (
-    EXACT_INT8,
     LOG_FATAL_ONLY,
     import_onnxruntime,
     ort_errors,
@@ -146,7 +145,6 @@ class OrtVerifier:
 
     def _run(self, graph: gs.Graph, all_feeds: Sequence[Tensors]) -> list[dict[str, Array]]:
         options = self._ort.SessionOptions()
-        options.add_session_config_entry(*EXACT_INT8)
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = LOG_FATAL_ONLY
         if self._threads is not None:

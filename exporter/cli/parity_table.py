@@ -101,7 +101,7 @@ def _print_weights(report: AccuracyReport) -> None:
 
 
 def _print_tokens(tokens: TokenAccuracy) -> None:
-    forced = "true answers" if tokens.true_answers else "PyTorch's answers"
+    """Of teacher-forced answers, from picture to logits."""
     rows = [
         ("KL, mean", f"{tokens.kl_mean:.2e} nats", None),
         ("KL, 99th percentile", f"{tokens.kl_p99:.2e} nats", None),
@@ -112,7 +112,8 @@ def _print_tokens(tokens: TokenAccuracy) -> None:
         reference = f"{tokens.reference_perplexity:.4f}"
         rows.append(("perplexity", f"{tokens.perplexity:.4f}", reference))
     print_table(
-        f"Teacher-forced on {forced}, from picture to logits: {tokens.tokens} tokens",
+        f"Forced: {tokens.tokens} tokens of {tokens.answers} answers, "
+        f"{tokens.true_answers} true",
         ("figure", "here", "PyTorch"),
         rows,
     )

@@ -26,6 +26,7 @@ from tests.engines.manifests import tiny_manifest
 
 TOKENS = TokenAccuracy(
     tokens=100,
+    answers=20,
     true_answers=20,
     kl_mean=1e-9,
     kl_p99=1e-8,
@@ -143,7 +144,7 @@ def test_scores_by_hand():
     found = scores.figures()
     first = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     last = 0.9 * math.log(0.9 / 0.1) + 0.1 * math.log(0.1 / 0.9)
-    assert (found.tokens, found.true_answers) == (3, 1)
+    assert (found.tokens, found.answers, found.true_answers) == (3, 2, 1)
     assert found.kl_mean == pytest.approx((first + last) / 3)
     assert found.kl_max == found.kl_p99 == pytest.approx(last)
     assert found.top1 == pytest.approx(2 / 3)  # of two equal candidates the first is best

@@ -152,7 +152,7 @@ def test_bounds_of_tokens():
 
 def test_json_has_no_number_that_json_lacks():
     graph = GraphParity("decoder", "float32", Distance(np.nan, np.inf, -np.inf), kl=np.inf)
-    tokens = TokenAccuracy(1, 0, np.inf, np.inf, np.inf, 0.0, None, None)
+    tokens = TokenAccuracy(1, 1, 0, np.inf, np.inf, np.inf, 0.0, None, None)
     accuracy = AccuracyReport({}, {}, [], tokens, ExactAnswers(0), ["mean KL inf"])
     report = ParityReport([graph], EndToEndParity(0), accuracy)
     (found,) = json.loads(json.dumps(report.to_json(), allow_nan=False))["graphs"]

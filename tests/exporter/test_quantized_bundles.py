@@ -64,7 +64,8 @@ def test_bundle_passes_its_bounds(quantized):
 def test_figures_of_tokens_and_answers(quantized):
     found = quantized.parity.accuracy
     truths = [sample.answer for sample in read_samples(default_samples())]
-    assert found.tokens.true_answers == found.answers.samples == len(truths)
+    assert found.tokens.answers == found.tokens.true_answers == len(truths)
+    assert found.answers.samples == len(truths)
     assert found.tokens.tokens > 2 * len(truths)
     assert 0 < found.tokens.kl_mean < found.tokens.kl_p99 <= found.tokens.kl_max
     assert found.tokens.reference_perplexity == pytest.approx(1.0, abs=0.05)
