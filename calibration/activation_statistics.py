@@ -3,6 +3,7 @@
 H = sum over rows of x x^T          [K, K], what GPTQ and the search for clips need
 largest |x|, mean |x|               [K], what SmoothQuant and AWQ need
 a sample of the rows                [R, K], on which a choice is tried out
+rows with the largest values        [E, K], few tokens that reach far above all others
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from .weight_grids import FloatArray
 
 SAMPLE_ROWS = 512
 
+EXTREME_ROWS = 64
+"""A sample can miss the tokens whose values set the range of the whole tensor."""
+
+
+COLUMNS = 1024
+"""A choice for all columns of a weight is tried on so many, evenly spread."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowStatistics:
@@ -30,6 +38,7 @@ class RowStatistics:
         mean: float32 [K], mean of |x|.
         largest: float32 [K], largest |x|.
         sample: float32 [R, K], rows evenly spread.
+        extremes: float32 [E, K], those of the other rows with the largest |x|.
     """
 
     count: int
@@ -38,6 +47,16 @@ class RowStatistics:
     mean: FloatArray
     largest: FloatArray
     sample: FloatArray
+    extremes: FloatArray
+
+    def weighted_sample(self) -> tuple[FloatArray, FloatArray]:
+        """Sample and extremes [R + E, K], and how many rows each stands for [R + E, 1]."""
+        rows = np.concatenate([self.sample, self.extremes])
+        weights = np.ones((len(rows), 1), np.float32)
+        weights[: len(self.sample)] = max(self.count - len(self.extremes), 0) / len(
+            self.sample
+        )
+        return rows, weights
 
 
 def row_statistics(
@@ -79,15 +98,34 @@ def row_statistics(
         (square / count).astype(np.float32),
         (mean / count).astype(np.float32),
         largest,
-        _sample(rows, count),
+        *_sample(rows, count),
     )
 
 
-def _sample(rows: Sequence[FloatArray], count: int) -> FloatArray:
+def _sample(rows: Sequence[FloatArray], count: int) -> tuple[FloatArray, FloatArray]:
+    """Rows evenly spread, and those of the largest magnitudes among the others."""
     chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLE_ROWS)).astype(np.int64))
     starts = np.cumsum([0, *(len(piece) for piece in rows)])
-    parts = [
-        piece[chosen[(chosen >= start) & (chosen < start + len(piece))] - start]
-        for piece, start in zip(rows, starts[:-1], strict=True)
-    ]
-    return np.concatenate(parts)
+    sample, others = [], []
+    for piece, start in zip(rows, starts[:-1], strict=True):
+        here = chosen[(chosen >= start) & (chosen < start + len(piece))] - start
+        sample.append(piece[here])
+        others.append(_widest(np.delete(piece, here, axis=0)))
+    return np.concatenate(sample), _widest(np.concatenate(others))
+
+
+def _widest(rows: FloatArray) -> FloatArray:
+    """The rows [E, K] with the largest magnitudes, in their order."""
+    if len(rows) <= EXTREME_ROWS:
+        return rows
+    reach = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    return rows[np.sort(np.argpartition(reach, -EXTREME_ROWS)[-EXTREME_ROWS:])]
+
+
+def some_columns(weight: FloatArray) -> FloatArray:
+    """A weight [K, N], or ``COLUMNS`` of its columns that stand for all."""
+    count = weight.shape[1]
+    if count <= COLUMNS:
+        return weight
+    chosen = np.linspace(0, count - 1, COLUMNS).astype(np.int64)
+    return np.ascontiguousarray(weight[:, chosen])

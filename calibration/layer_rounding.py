@@ -163,4 +163,5 @@ def _divided(rows: RowStatistics, scales: FloatArray) -> RowStatistics:
         mean=rows.mean / scales,
         largest=rows.largest / scales,
         sample=rows.sample / scales,
+        extremes=rows.extremes / scales,
     )

@@ -23,8 +23,9 @@ from .activation_statistics import RowStatistics, row_statistics
 from .graph_walker import GraphWalker, Values, check_dtype, rows_of
 from .layers import Layer, find_layers
 from .observers import make_observer, scale_of
+from .product_clip import product_clip
 from .quantized_weight import QuantizedWeight, StoredWeight, WeightStore
-from .recipe import GraphRecipe
+from .recipe import PRODUCT, GraphRecipe
 from .scale_search import search_activation_scales, search_weight_scales
 from .smoothing import MoveScales, Scales, SmoothingSite, find_sites
 from .weight_grids import FloatArray, WeightFormat
@@ -248,13 +249,21 @@ class _GraphQuantizer:
         wanted = self.recipe.attention if layer.kind == "attention" else self._has_int8(layer)
         if not wanted:
             return []
-        scales = []
-        for tensor, values in zip(layer.inputs, pieces, strict=True):
-            observer = make_observer(self.recipe.observer, tensor.name)
-            for piece in values:
-                observer.update(piece)
-            scales.append(float(scale_of(observer.amax())))
-        return scales
+        return [
+            float(scale_of(self._reach(layer, tensor.name, values)))
+            for tensor, values in zip(layer.inputs, pieces, strict=True)
+        ]
+
+    def _reach(self, layer: Layer, tensor: str, pieces: list[FloatArray]) -> float:
+        """The magnitude that becomes code 127."""
+        by_product = self.recipe.observer == PRODUCT
+        if by_product and layer.kind == "linear":
+            rows = row_statistics(tensor, [rows_of(piece) for piece in pieces])
+            return product_clip(rows, _matrix(layer))
+        observer = make_observer("min-max" if by_product else self.recipe.observer, tensor)
+        for piece in pieces:
+            observer.update(piece)
+        return observer.amax()
 
     def _has_int8(self, layer: Layer) -> bool:
         form = self._form(layer)

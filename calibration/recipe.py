@@ -25,6 +25,12 @@ Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 
 Dtype = Literal["float32", "float16"]
 
+PRODUCT = "product"
+"""Ranges of what linear layers read are those by which their product loses least; what else
+is quantized reaches to its largest value. See :mod:`.product_clip`."""
+
+RANGES = (*OBSERVERS, PRODUCT)
+
 GRAPHS = ("vision_encoder", "projector", "decoder")
 TYPE = "mvlm-recipe"
 VERSION = 1
@@ -58,7 +64,7 @@ class GraphRecipe:
         attention: 8-bit operands of attention's two products.
         embedding: of the token table; None leaves it in float.
         smooth: choose scales of channels before 8-bit activations (SmoothQuant).
-        observer: how far activations reach; one of ``observers.OBSERVERS``.
+        observer: how far activations reach; one of ``RANGES``.
         rules: exceptions, first match first.
 
     Raises:
@@ -94,10 +100,9 @@ class GraphRecipe:
             )
         if self.embedding is not None and not self.embedding.symmetric:
             raise InputError("The token table takes no offsets. Make it symmetric.")
-        if self.observer not in OBSERVERS:
+        if self.observer not in RANGES:
             raise InputError(
-                f"There is no observer {self.observer!r}. Choose one of "
-                f"{', '.join(OBSERVERS)}."
+                f"There is no observer {self.observer!r}. Choose one of {', '.join(RANGES)}."
             )
 
     @property
@@ -170,15 +175,8 @@ class Recipe:
 
 
 _W8A8 = GraphRecipe(INT8, activations=True)
-# Scales of channels are chosen for grids that reach to the largest value; with them, clipping
-# more costs more than it brings.
-_SMOOTH = replace(_W8A8, smooth=True, observer="min-max")
-_INT8 = Recipe(
-    "int8",
-    vision_encoder=replace(_SMOOTH, attention=True),
-    projector=_W8A8,
-    decoder=_SMOOTH,
-)
+_SMOOTH = replace(_W8A8, smooth=True, observer=PRODUCT)
+_INT8 = Recipe("int8", vision_encoder=_SMOOTH, projector=_W8A8, decoder=_SMOOTH)
 _INT4 = Recipe(
     "int4",
     decoder=GraphRecipe(INT4, "awq+gptq", rules=(Rule("lm_head", WeightFormat(4, 32)),)),

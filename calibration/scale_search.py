@@ -20,14 +20,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .activation_statistics import RowStatistics
+from .activation_statistics import RowStatistics, some_columns
 from .weight_grids import FloatArray, WeightFormat, fit_grid
 
 STEPS = 20
 """Values of a that are tried, between 0 and 1."""
-
-COLUMNS = 1024
-"""Of a wider weight so many, evenly spread, are tried: scales go by row, for all columns."""
 
 _LEAST = 1e-4
 """Relative to the mean: channels that are all but dead take this."""
@@ -68,13 +65,15 @@ def search_weight_scales(
         inputs: FloatArray = rows.sample / factors
         return inputs @ rounded
 
-    return _search(rows, weights, forms, scales, product)
+    ones = np.ones((len(rows.sample), 1), np.float32)
+    return _search(rows.sample, ones, weights, forms, scales, product)
 
 
 def search_activation_scales(
     rows: RowStatistics, weights: Sequence[FloatArray], forms: Sequence[WeightFormat]
 ) -> ScaleChoice:
     """SmoothQuant's choice, with activations on one 8-bit grid for the whole tensor."""
+    sample, counts = rows.weighted_sample()
     largest = _bounded(rows.largest)
     strongest = _bounded(np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0))
 
@@ -86,29 +85,34 @@ def search_activation_scales(
         scaled = weight * factors[:, None]
         rounded = fit_grid(scaled, form).round(scaled)
         step = float((rows.largest / factors).max()) / 127 or 1.0
-        steps = np.rint(rows.sample / factors / step).clip(-127, 127)
+        steps = np.rint(sample / factors / step).clip(-127, 127)
         result: FloatArray = (steps @ rounded) * step
         return result
 
-    return _search(rows, weights, forms, scales, product)
+    return _search(sample, counts, weights, forms, scales, product)
 
 
 def _search(
-    rows: RowStatistics,
+    rows: FloatArray,
+    counts: FloatArray,
     weights: Sequence[FloatArray],
     forms: Sequence[WeightFormat],
     scales: Callable[[float], FloatArray],
     product: Callable[[FloatArray, FloatArray, WeightFormat], FloatArray],
 ) -> ScaleChoice:
-    weights = [_some_columns(weight) for weight in weights]
-    wanted = [rows.sample @ weight for weight in weights]
-    size = float(sum(np.square(part, dtype=np.float64).sum() for part in wanted)) or 1.0
+    """Try every a; ``counts`` [M, 1] says how many rows each of ``rows`` stands for."""
+    weights = [some_columns(weight) for weight in weights]
+    wanted = [rows @ weight for weight in weights]
+
+    def sum_squares(product: FloatArray) -> float:
+        return float((np.square(product, dtype=np.float64) * counts).sum())
+
+    size = sum(sum_squares(part) for part in wanted) or 1.0
 
     def error(factors: FloatArray) -> float:
         total = 0.0
         for weight, form, part in zip(weights, forms, wanted, strict=True):
-            off = product(factors, weight, form) - part
-            total += float(np.square(off, dtype=np.float64).sum())
+            total += sum_squares(product(factors, weight, form) - part)
         return total / size
 
     ones = np.ones(len(weights[0]), np.float32)
@@ -121,15 +125,6 @@ def _search(
         if found < best.error:
             best = ScaleChoice(factors, exponent, found, plain)
     return best
-
-
-def _some_columns(weight: FloatArray) -> FloatArray:
-    """A weight, or columns of it that stand for all."""
-    count = weight.shape[1]
-    if count <= COLUMNS:
-        return weight
-    chosen = np.linspace(0, count - 1, COLUMNS).astype(np.int64)
-    return np.ascontiguousarray(weight[:, chosen])
 
 
 def _bounded(values: FloatArray) -> FloatArray:

@@ -5,7 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvlm_export.calibration.activation_statistics import SAMPLE_ROWS, row_statistics
+from mvlm_export.calibration.activation_statistics import (
+    EXTREME_ROWS,
+    SAMPLE_ROWS,
+    row_statistics,
+)
 from mvlm_export.engines.errors import InputError
 
 
@@ -57,3 +61,25 @@ def test_what_is_not_finite_is_named(bad):
 def test_no_rows(pieces):
     with pytest.raises(InputError, match=r"No rows reach 'x'\. Give samples"):
         row_statistics("x", pieces)
+
+
+@pytest.mark.parametrize("lengths", [(700,), (40, 600, 100), (1000, 7)])
+def test_the_widest_rows_beside_the_sample_are_kept(lengths):
+    pieces = pieces_of(*lengths)
+    found = row_statistics("x", pieces)
+    sampled = {row.tobytes() for row in found.sample}
+    others = [row for row in np.concatenate(pieces) if row.tobytes() not in sampled]
+    order = np.argsort([np.abs(row).max() for row in others])[-EXTREME_ROWS:]
+    np.testing.assert_array_equal(found.extremes, [others[i] for i in sorted(order)])
+
+
+def test_a_sample_of_all_rows_leaves_no_others():
+    assert row_statistics("x", pieces_of(SAMPLE_ROWS)).extremes.shape == (0, 6)
+
+
+def test_weighted_rows_stand_for_all():
+    statistics = row_statistics("x", pieces_of(3000, 2000))
+    sample, counts = statistics.weighted_sample()
+    assert counts.sum() == pytest.approx(5000)
+    assert len(sample) == len(counts) == SAMPLE_ROWS + EXTREME_ROWS
+    assert (counts[-EXTREME_ROWS:] == 1).all()

@@ -1,12 +1,14 @@
 """Whole graphs: what each method is worth, runs that break off, and input that is no good."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mvlm_export.calibration.layers import find_layers
 from mvlm_export.calibration.quantize_graph import GraphQuantization, quantize_graph
 from mvlm_export.calibration.quantized_weight import WeightStore
-from mvlm_export.calibration.recipe import INT8, GraphRecipe, Rule
+from mvlm_export.calibration.recipe import INT8, PRODUCT, GraphRecipe, Rule
 from mvlm_export.calibration.weight_grids import WeightFormat
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.targets import get_target
@@ -145,6 +147,10 @@ def test_outlier_channels_need_smoothing(decoder, tmp_path):
     assert plain > 1
     assert smooth < 0.005
     assert plain > 200 * smooth
+    by_product = replace(W8A8, observer=PRODUCT)
+    assert loss_of(decoder, by_product, tmp_path / "product", twin, FOLDS) < 0.1
+    by_both = replace(SMOOTH, observer=PRODUCT)
+    assert loss_of(decoder, by_both, tmp_path / "both", twin, FOLDS) < 0.005
 
 
 @pytest.mark.parametrize("name", ["vision_encoder", "projector", "decoder"])

@@ -60,7 +60,7 @@ def test_named_recipes():
         assert recipe.name == name
         assert recipe.is_float is (name in ("fp32", "fp16"))
         assert recipe.needs_data is not recipe.is_float
-    assert RECIPES["int8"].vision_encoder.attention
+    assert not RECIPES["int8"].vision_encoder.attention
     assert RECIPES["int4"].decoder.form_of("lm_head", "linear") == WeightFormat(4, 32)
 
 
