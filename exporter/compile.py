@@ -9,48 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mvlm_export.calibration.data import Sample, choose_samples, read_samples
 from mvlm_export.engines.build import build_engines, build_stand_in
 from mvlm_export.engines.bundle import PREFIX, REPORT, Bundle, BundleWriter, write_json
 from mvlm_export.engines.doctor import read_memory
-from mvlm_export.engines.errors import CheckpointError, InputError, MissingPackageError
-from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec
+from mvlm_export.engines.errors import MissingPackageError
+from mvlm_export.engines.manifest import GraphSpec, Manifest
 from mvlm_export.engines.prefix import PromptPrefix, save_prefix
 from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
-from mvlm_export.engines.tokenizer import LlamaTokenizer
 from mvlm_export.engines.trt_api import load_tensorrt
 from mvlm_export.passes.conformance import check_conformance
-from mvlm_export.passes.pipeline import PipelineOptions, require_enabled
 
-from .assemble import (
-    checkpoint_source,
-    copy_files,
-    graph_spec,
-    image_processor,
-    model_spec,
-    tool_versions,
-)
-from .checkpoint import Checkpoint
-from .config import read_config
+from .assemble import copy_files, graph_spec, tool_versions
+from .compile_inputs import CompileInputs, model_quantizer, read_inputs
 from .estimate import Estimate, estimate_target
-from .geometry import ModelConfig
+from .graphs import bind_weights, capture_graph
 from .models.components import COMPONENTS
-from .optimize import GraphPlan, export_optimized, model_facts, pass_report
+from .optimize import export_optimized, pass_report
 from .prefix import compute_prefix
-from .preflight import PreflightReport, expected_shapes, preflight, scan_values
-from .quantize import CalibrationInputs, ModelQuantizer
-from .reference import ReferenceModel
+from .preflight import PreflightReport
 from .settings import CompileSettings, ResolvedSettings, resolve_settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .parity import Listener, ParityReport
-
-QUESTION_ROOM = 64
-"""Positions that a bundle must leave beside one image: a short question and an answer."""
 
 STAND_IN_MEMORY = 2.5
 """Memory of a TensorRT-RTX build as a multiple of the weights (2.26 was measured)."""
@@ -65,19 +45,28 @@ class CompileResult:
     parity: ParityReport | None
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """All that is read, and found usable, before anything long."""
+class _Stages:
+    """A listener that passes on what it is told, and times the stages."""
 
-    config: ModelConfig
-    checkpoint: Checkpoint
-    tokenizer: LlamaTokenizer
-    checked: PreflightReport
-    model: ModelSpec
-    plan: GraphPlan
-    samples: list[Sample]
-    calibration: list[Sample]
-    source: dict[str, str]
+    def __init__(self, listener: Listener) -> None:
+        self.seconds: dict[str, float] = {}
+        self._listener = listener
+        self._title = ""
+        self._started = time.monotonic()
+
+    def stage(self, title: str) -> None:
+        self.finish()
+        self._title = title
+        self._listener.stage(title)
+
+    def advance(self, done: int, total: int, label: str) -> None:
+        self._listener.advance(done, total, label)
+
+    def finish(self) -> None:
+        now = time.monotonic()
+        if self._title:
+            self.seconds[self._title] = round(now - self._started, 2)
+        self._title, self._started = "", now
 
 
 class Compiler:
@@ -86,18 +75,7 @@ class Compiler:
     def __init__(self, resolved: ResolvedSettings, listener: Listener) -> None:
         self.resolved = resolved
         self.given = resolved.given
-        self.listener = listener
-        self.seconds: dict[str, float] = {}
-        self._stage = ""
-        self._started = time.monotonic()
-
-    def _enter(self, title: str) -> None:
-        now = time.monotonic()
-        if self._stage:
-            self.seconds[self._stage] = round(now - self._started, 2)
-        self._stage, self._started = title, now
-        if title:
-            self.listener.stage(title)
+        self.listener = _Stages(listener)
 
     def run(self) -> CompileResult:
         """Preflight, export, check, build, compare; the bundle appears when all is done.
@@ -105,10 +83,13 @@ class Compiler:
         Raises:
             MvlmError: what went wrong; nothing half-made is left.
         """
-        self._enter("Reading the checkpoint")
+        self.listener.stage("Reading the checkpoint")
         self._check_packages()
         with BundleWriter(self.resolved.output, self.given.overwrite) as writer:
-            inputs = self._read_inputs(writer.folder)
+            inputs = read_inputs(
+                self.resolved, writer.folder, self.listener, self.resolved.calibrates
+            )
+            budget = self._meet_budget(inputs)
             passes, quantized = self._export_graphs(writer.folder, inputs)
             self._write_prefix(writer.folder, inputs)
             copy_files(self.resolved.folder, writer.folder)
@@ -119,16 +100,17 @@ class Compiler:
             checks = self._check_graphs(writer.folder, graphs, inputs) | {"passes": passes}
             if quantized:
                 checks["quantization"] = quantized
-            self._enter("Hashing the bundle")
+            self.listener.stage("Hashing the bundle")
             bundle = writer.seal(self._manifest(inputs, graphs, checks))
             report: dict[str, Any] = {
                 "settings": self.resolved.to_json(),
                 "preflight": _preflight_json(inputs.checked),
                 "checks": checks,
-                "seconds": self.seconds,
+                "seconds": self.listener.seconds,
+                **budget,
             }
             parity = self._build_and_compare(bundle, inputs, report)
-            self._enter("")
+            self.listener.finish()
             write_json(writer.folder / REPORT, report)
             return CompileResult(writer.commit(), report, parity)
 
@@ -150,105 +132,42 @@ class Compiler:
                 "Install it with `pip install 'mvlm-export[cpu]'`, or leave it out."
             )
 
-    def _read_inputs(self, output: Path) -> _Inputs:
-        folder = self.resolved.folder
-        config = self._limited(read_config(folder))
-        checkpoint = Checkpoint.open(folder)
-        tokenizer = LlamaTokenizer.from_folder(folder)
-        checked = preflight(
-            checkpoint,
-            config,
-            tokenizer.vocab_size,
-            allow_unknown=self.given.allow_unknown,
+    def _meet_budget(self, inputs: CompileInputs) -> dict[str, Any]:
+        """Choose the decoder's bits within ``--budget``, and go on with that recipe."""
+        if self.resolved.budget is None:
+            return {}
+        from .sensitivity import SensitivityOptions, recipe_for_budget
+
+        self.listener.stage("Capturing decoder")
+        quantizer = model_quantizer(self.resolved, inputs, self.listener)
+        assert quantizer is not None
+        graph = bind_weights(capture_graph("decoder", inputs.config), inputs.reader("decoder"))
+        self.listener.stage("Estimating what each layer loses")
+        folder = self._sensitivity_folder
+        choice = recipe_for_budget(
+            quantizer, graph, self.resolved.budget, SensitivityOptions(estimate=True), folder
         )
-        checked.raise_if_failed()
-        processor = image_processor(folder, config)
-        model = model_spec(folder.name, config, processor, self.given.template)
-        plan = self._graph_plan(config, model)
-        samples = self._read_samples(model, tokenizer)
-        calibration = self._read_calibration(model, tokenizer)
-        self._check_disk(output, config)
-        self._enter("Checking every weight")
-        scan_values(checkpoint, checked.weight_map, self.listener.advance)
-        return _Inputs(
-            config,
-            checkpoint,
-            tokenizer,
-            checked,
-            model,
-            plan,
-            samples,
-            calibration,
-            checkpoint_source(checkpoint),
-        )
+        self.resolved = replace(self.resolved, recipe=choice.recipe)
+        return {"budget": choice.to_json()}
 
-    def _limited(self, config: ModelConfig) -> ModelConfig:
-        limit, most = self.given.max_length, config.text.max_position_embeddings
-        least = config.image_tokens + QUESTION_ROOM
-        if most < least:
-            raise CheckpointError(
-                f"The model has {most} positions (max_position_embeddings), but an image and "
-                f"a short question take {least}. Correct config.json."
-            )
-        if limit is None:
-            return config
-        if not least <= limit <= most:
-            raise InputError(
-                f"--max-length {limit} does not fit: this model takes {least} (an image and a "
-                f"short question) to {most} positions (max_position_embeddings)."
-            )
-        return replace(config, text=replace(config.text, max_position_embeddings=limit))
-
-    def _read_samples(self, model: ModelSpec, tokenizer: LlamaTokenizer) -> list[Sample]:
-        """The samples, each made ready once so that one that cannot be used is named now."""
-        if not self.given.parity:
-            return []
-        from .parity_cases import prepare_cases
-
-        samples = read_samples(self.resolved.samples)
-        prepare_cases(model, tokenizer, samples, 1, model.max_positions)
-        return samples
-
-    def _read_calibration(self, model: ModelSpec, tokenizer: LlamaTokenizer) -> list[Sample]:
-        """The samples that integers are chosen on; each is made ready once, as above."""
-        if not self.resolved.recipe.needs_data:
-            return []
-        from .parity_cases import prepare_cases
-
-        samples = read_samples(self.resolved.calib_data)
-        chosen = choose_samples(samples, self.given.calib_samples)
-        prepare_cases(model, tokenizer, chosen, 1, model.max_positions)
-        return chosen
-
-    def _check_disk(self, output: Path, config: ModelConfig) -> None:
-        needed = _weight_count(config) * np.dtype(self.resolved.dtype).itemsize
-        if self.resolved.target.has_engines:
-            needed *= 2  # the plans, the target's or the stand-in's, hold the weights again
-        free = shutil.disk_usage(output).free
-        if needed * 1.05 > free:
-            raise InputError(
-                f"The bundle takes about {needed / 1e9:.1f} GB, and the disk of "
-                f"{self.resolved.output} has {free / 1e9:.1f} GB free. Free some space or "
-                "choose another --output."
-            )
+    @property
+    def _sensitivity_folder(self) -> Path:
+        """Keeps what was found out about layers until the compile is done."""
+        output = self.resolved.output.resolve()
+        return output.with_name(f".{output.name}.sensitivity")
 
     def _export_graphs(
-        self, folder: Path, inputs: _Inputs
+        self, folder: Path, inputs: CompileInputs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the three graphs; what their passes did and what was quantized, by graph."""
-        quantizer = self._quantizer(inputs)
+        quantizer = model_quantizer(self.resolved, inputs, self.listener)
         report, quantized = {}, {}
         for name in COMPONENTS:
-            self._enter(f"Exporting {name}")
-            tensors = inputs.checked.weight_map[name]
-
-            def read(parameter: str, tensors: Any = tensors) -> Tensor:  # noqa: ANN401
-                return inputs.checkpoint.load(tensors[parameter])
-
+            self.listener.stage(f"Exporting {name}")
             records, chosen = export_optimized(
                 name,
                 inputs.plan,
-                read,
+                inputs.reader(name),
                 folder / name,
                 self.listener.advance,
                 None if quantizer is None else quantizer.quantize,
@@ -258,53 +177,16 @@ class Compiler:
                 quantized[name] = chosen.to_json()
         if quantizer is not None:
             quantizer.close()
+        shutil.rmtree(self._sensitivity_folder, ignore_errors=True)
         return report, quantized
 
-    def _quantizer(self, inputs: _Inputs) -> ModelQuantizer | None:
-        recipe, output = self.resolved.recipe, self.resolved.output.resolve()
-        if recipe.is_float:
-            return None
-        return ModelQuantizer(
-            CalibrationInputs(
-                recipe,
-                inputs.calibration,
-                inputs.source["fingerprint"],
-                output.with_name(f".{output.name}.calibration"),
-            ),
-            inputs.plan,
-            inputs.model,
-            inputs.tokenizer,
-            ReferenceModel(self.resolved.folder, inputs.checkpoint, inputs.checked.weight_map),
-            self.listener.advance,
-        )
-
-    def _graph_plan(self, config: ModelConfig, model: ModelSpec) -> GraphPlan:
-        given = self.given
-        options = PipelineOptions(
-            self.resolved.dtype,
-            frozenset(given.disabled_passes),
-            frozenset(given.enabled_passes),
-            self.listener.advance,
-        )
-        facts, target = model_facts(config, model), self.resolved.target
-        require_enabled(facts, target, options)
-        return GraphPlan(
-            config,
-            facts,
-            target,
-            options,
-            given.dump_dir,
-            given.verify_passes,
-            given.threads,
-        )
-
-    def _write_prefix(self, folder: Path, inputs: _Inputs) -> None:
+    def _write_prefix(self, folder: Path, inputs: CompileInputs) -> None:
         """Compute the cache rows that every prompt begins with."""
         template = get_template(inputs.model.template)
         ids = tokenize_constant_prefix(template, inputs.tokenizer)
         if not len(ids):
             return
-        self._enter("Computing the prompt's constant prefix")
+        self.listener.stage("Computing the prompt's constant prefix")
         rows = compute_prefix(
             ids,
             inputs.config.text,
@@ -316,11 +198,11 @@ class Compiler:
         save_prefix(folder / PREFIX, PromptPrefix(ids, tuple(rows)))
 
     def _check_graphs(
-        self, folder: Path, graphs: dict[str, GraphSpec], inputs: _Inputs
+        self, folder: Path, graphs: dict[str, GraphSpec], inputs: CompileInputs
     ) -> dict[str, Any]:
         """Conformance, the estimate, and the stand-in build where it applies."""
         target = self.resolved.target
-        self._enter(f"Checking the graphs for {target.name}")
+        self.listener.stage(f"Checking the graphs for {target.name}")
         paths = {name: folder / graph.file for name, graph in graphs.items()}
         for index, (name, path) in enumerate(paths.items(), 1):
             check_conformance(path, target).raise_if_failed()
@@ -332,7 +214,7 @@ class Compiler:
         return checks
 
     def _stand_in(
-        self, folder: Path, paths: dict[str, Path], inputs: _Inputs, estimate: Estimate
+        self, folder: Path, paths: dict[str, Path], inputs: CompileInputs, estimate: Estimate
     ) -> dict[str, Any]:
         _, available = read_memory(Path("/"))
         needed = STAND_IN_MEMORY * estimate.weights
@@ -341,7 +223,7 @@ class Compiler:
                 "skipped": f"it needs about {needed / 1e9:.0f} GB of memory, of which "
                 f"{available / 1e9:.0f} GB are free"
             }
-        self._enter("Building with TensorRT-RTX as a stand-in")
+        self.listener.stage("Building with TensorRT-RTX as a stand-in")
         try:
             return build_stand_in(
                 paths,
@@ -356,7 +238,7 @@ class Compiler:
 
     def _manifest(
         self,
-        inputs: _Inputs,
+        inputs: CompileInputs,
         graphs: dict[str, GraphSpec],
         checks: dict[str, Any],
     ) -> Manifest:
@@ -374,40 +256,28 @@ class Compiler:
         )
 
     def _build_and_compare(
-        self, bundle: Bundle, inputs: _Inputs, report: dict[str, Any]
+        self, bundle: Bundle, inputs: CompileInputs, report: dict[str, Any]
     ) -> ParityReport | None:
         if self.resolved.builds_here:
-            self._enter(f"Building engines for {self.resolved.target.name}")
+            self.listener.stage(f"Building engines for {self.resolved.target.name}")
             record = build_engines(bundle, progress=self.listener.advance)
             report["engines"] = {record["folder"]: record}
         if not self.given.parity:
             return None
         from .parity import ParityCheck
 
-        self._enter("Comparing with PyTorch")
-        reference = ReferenceModel(
-            self.resolved.folder, inputs.checkpoint, inputs.checked.weight_map
-        )
+        self.listener.stage("Comparing with PyTorch")
         check = ParityCheck(
-            bundle, reference, inputs.samples, self.listener, threads=self.given.threads
+            bundle,
+            inputs.reference(self.resolved.folder),
+            inputs.samples,
+            self.listener,
+            threads=self.given.threads,
         )
         parity = check.run()
         report["parity"] = parity.to_json()
         report["accuracy"] = parity.accuracy.to_json()
         return parity
-
-
-def _weight_count(config: ModelConfig) -> int:
-    """Scalar parameters of the three components; a tied head is written twice."""
-    count = config.text.vocab_size * config.text.hidden_size
-    total = count if config.text.tie_word_embeddings else 0
-    for shapes in expected_shapes(config).values():
-        for shape in shapes.values():
-            size = 1
-            for axis in shape:
-                size *= axis
-            total += size
-    return total
 
 
 def _preflight_json(checked: PreflightReport) -> dict[str, Any]:

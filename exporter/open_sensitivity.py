@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvlm_export.calibration.feeds import sample_warnings
 from mvlm_export.engines.errors import InputError
 
-from .compile import Compiler
+from .compile_inputs import model_quantizer, read_inputs
 from .graphs import bind_weights, capture_graph
 from .sensitivity import GraphSensitivity, SensitivityOptions, require_mixable
 from .settings import ResolvedSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .parity import Listener
 
 
@@ -48,22 +45,12 @@ def open_sensitivity(
             "Start from int4."
         )
     require_mixable(graph, recipe, options)
-    if not recipe.needs_data:  # samples are needed here whatever the method
-        reading = replace(recipe, decoder=replace(recipe.decoder, method="awq"))
-        resolved = replace(resolved, recipe=reading)
     folder.mkdir(parents=True, exist_ok=True)
     listener.stage("Reading the checkpoint")
-    compiler = Compiler(resolved, listener)
-    inputs = compiler._read_inputs(folder)
-    quantizer = compiler._quantizer(inputs)
+    inputs = read_inputs(resolved, folder, listener, calibrates=True)
+    quantizer = model_quantizer(resolved, inputs, listener)
     assert quantizer is not None
-    quantizer.given = replace(quantizer.given, recipe=recipe)
     listener.stage(f"Capturing {graph}")
-    tensors = inputs.checked.weight_map[graph]
-
-    def read(parameter: str) -> Tensor:
-        return inputs.checkpoint.load(tensors[parameter])
-
-    captured = bind_weights(capture_graph(graph, inputs.config), read)
+    captured = bind_weights(capture_graph(graph, inputs.config), inputs.reader(graph))
     opened = GraphSensitivity(quantizer, graph, captured, options, folder)
     return opened, sample_warnings(inputs.calibration)

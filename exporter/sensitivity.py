@@ -41,6 +41,7 @@ from .layer_options import DECODER, candidates_of, constant_bytes, option_bytes
 from .parity_metrics import kl_divergence
 from .quantize import ModelQuantizer
 from .reference import torch_threads
+from .settings import budget_name
 
 REVISION = 1
 """Counts changes of the figures: those kept by another revision are not used."""
@@ -203,7 +204,7 @@ class GraphSensitivity:
         }
         forms = {name: candidate.form for name, candidate in chosen.items()}
         decoder = mixed_graph_recipe(self._recipe.decoder, self.layers, forms)
-        name = f"{self._recipe.name}-{str(budget).replace(' ', '')}"
+        name = budget_name(self._recipe.name, budget)
         recipe = replace(self._recipe, name=name, decoder=decoder)
         return BudgetChoice(budget, recipe, mix, chosen)
 

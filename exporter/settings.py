@@ -13,6 +13,7 @@ from mvlm_export.engines.prompt import get_template
 from mvlm_export.engines.targets import Target, get_target
 
 if TYPE_CHECKING:
+    from mvlm_export.calibration.budget import Budget
     from mvlm_export.calibration.recipe import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
@@ -45,6 +46,8 @@ class CompileSettings:
         calib_data: pictures, questions and answers that integers are chosen on; None for those
             of the package.
         calib_samples: how many of them are used.
+        budget: bytes of the decoder's weights or nats of divergence, within which each
+            layer's bits are chosen; None for the recipe's own.
         max_length: longest sequence; None for the checkpoint's own limit.
         template: prompt template.
         allow_unknown: let tensors pass that have no place in the model.
@@ -66,6 +69,7 @@ class CompileSettings:
     recipe: str | None = None
     calib_data: Path | None = None
     calib_samples: int = 64
+    budget: str | None = None
     max_length: int | None = None
     template: str = "v1"
     overwrite: bool = False
@@ -98,7 +102,13 @@ class ResolvedSettings:
     dtype: str
     samples: Path
     calib_data: Path
+    budget: Budget | None
     builds_here: bool
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples are needed to choose integers."""
+        return self.recipe.needs_data or self.budget is not None
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result, for the report and the screen."""
@@ -116,8 +126,9 @@ class ResolvedSettings:
             "stand_in": given.stand_in,
             "parity": given.parity,
             "samples": str(self.samples),
-            "calib_data": str(self.calib_data) if self.recipe.needs_data else None,
-            "calib_samples": given.calib_samples if self.recipe.needs_data else None,
+            "calib_data": str(self.calib_data) if self.calibrates else None,
+            "calib_samples": given.calib_samples if self.calibrates else None,
+            "budget": None if self.budget is None else str(self.budget),
             "threads": given.threads,
             "disabled_passes": ", ".join(given.disabled_passes) or None,
             "enabled_passes": ", ".join(given.enabled_passes) or None,
@@ -143,7 +154,9 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
     if settings.calib_samples < 1:
         raise InputError(f"--calib-samples is {settings.calib_samples}; give 1 or more.")
     folder = (settings.model or nano_checkpoint()).resolve()
-    output = settings.output or Path(f"{folder.name}-{target.name}-{recipe.name}.bundle")
+    budget = _read_budget(settings.budget, recipe)
+    name = recipe.name if budget is None else budget_name(recipe.name, budget)
+    output = settings.output or Path(f"{folder.name}-{target.name}-{name}.bundle")
     _check_passes(settings, recipe.name, dtype)
     if settings.dump_dir is not None:
         _check_dump_dir(settings.dump_dir, output)
@@ -157,8 +170,28 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
         dtype=dtype,
         samples=settings.samples or default_samples(),
         calib_data=settings.calib_data or default_calibration(),
+        budget=budget,
         builds_here=builds_here,
     )
+
+
+def budget_name(recipe: str, budget: Budget) -> str:
+    """What a recipe is called whose bits were chosen within a budget."""
+    return f"{recipe}-{str(budget).replace(' ', '')}"
+
+
+def _read_budget(text: str | None, recipe: Recipe) -> Budget | None:
+    if text is None:
+        return None
+    from mvlm_export.calibration.budget import Budget
+
+    budget = Budget.parse(text)
+    if recipe.decoder.is_float or recipe.decoder.activations:
+        raise InputError(
+            f"--budget chooses 4-bit weights for some of the decoder's layers, and the recipe "
+            f"{recipe.name!r} has none that could be mixed. Add --recipe int4."
+        )
+    return budget
 
 
 def _check_passes(settings: CompileSettings, recipe: str, dtype: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ Examples:
   mvlm-export --target cpu                          the nano model that comes along
   mvlm-export --target orin --model MobileVLM_V2-1.7B --output bundle
   mvlm-export --target orin --recipe int4 --calib-data photos --output bundle
+  mvlm-export --target orin --recipe int4 --budget 900MB --model MobileVLM_V2-1.7B
   mvlm-export --target rtx --recipe fp16 --json
   mvlm-export --verify-passes --dump-dir dumps      watch the graph passes work
 """
@@ -73,6 +75,12 @@ Examples:
     default=64,
     show_default=True,
     help="How many of them.",
+)
+@click.option(
+    "--budget",
+    metavar="SIZE|NATS",
+    help="Choose each decoder layer's bits within 350MB, or within 0.01nats of divergence, "
+    "by estimates; `mvlm sensitivity` shows and measures them. With --recipe int4.",
 )
 @click.option("--jetpack", type=int, help="JetPack of a Jetson target: 6 (default) or 7.")
 @click.option("--max-length", type=int, help="Longest sequence, prompt and answer together.")
@@ -165,6 +173,8 @@ def _print_result(resolved: ResolvedSettings, result: CompileResult) -> None:
     print_table(f"Bundle {resolved.output}", ("graph", "form", "dtype", "size"), rows)
     _print_passes(result.report["checks"]["passes"])
     _print_preflight(result.report["preflight"])
+    if "budget" in result.report:
+        _print_budget(result.report["budget"])
     _print_checks(resolved, result.report["checks"])
     if result.parity is not None:
         print_parity(result.parity)
@@ -193,6 +203,16 @@ def _print_passes(passes: dict[str, list[dict[str, Any]]]) -> None:
     columns = ("graph", "nodes", "rewrites", "refused", "verified: largest change")
     shown = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
     print_table("Passes", columns[:shown], [row[:shown] for row in rows])
+
+
+def _print_budget(choice: dict[str, Any]) -> None:
+    """How many layers became what."""
+    counts = Counter(choice["chosen"].values()).most_common()
+    forms = ", ".join(f"{form} in {count} layers" for form, count in counts)
+    print_line(
+        f"Within the budget the decoder has {human_bytes(choice['bytes'])}, and its estimated "
+        f"divergence is {choice['predicted_loss']:.2g} nats: {forms}."
+    )
 
 
 def _print_preflight(preflight: dict[str, Any]) -> None:

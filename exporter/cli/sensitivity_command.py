@@ -13,7 +13,7 @@ from mvlm_export.engines.bundle import write_json
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.targets import TARGETS
 
-from ..settings import CompileSettings, ResolvedSettings, resolve_settings
+from ..settings import CompileSettings, ResolvedSettings, budget_name, resolve_settings
 from .console import StageProgress, print_json, print_line, print_settings
 from .sensitivity_tables import lossy_candidates, print_choice, print_layers
 
@@ -165,8 +165,9 @@ class _Run:
     def _output(self) -> Path | None:
         if self.budget is None:
             return None
-        resolved, budget = self.resolved, str(self.budget).replace(" ", "")
-        name = f"{resolved.folder.name}-{resolved.target.name}-{resolved.recipe.name}-{budget}"
+        resolved = self.resolved
+        recipe = budget_name(resolved.recipe.name, self.budget)
+        name = f"{resolved.folder.name}-{resolved.target.name}-{recipe}"
         path: Path = self.given["output"] or Path(f"{name}.json")
         if path.exists() and not self.given["overwrite"]:
             raise InputError(

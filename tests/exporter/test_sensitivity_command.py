@@ -99,6 +99,33 @@ def _weight_bytes(bundle):
     )
 
 
+def test_the_compile_takes_a_budget_itself(given, here, capsys):
+    """By estimates, as ``--estimate`` does; and the bundle holds the choice."""
+    options = ["--target", "cpu", "--recipe", "int4", *given, "--budget", "110kB"]
+    options = [str(option) for option in [*options, "--no-parity", "--output", "bundle"]]
+    assert run_command(export, options, "mvlm-export") == 0
+    printed = capsys.readouterr()
+    assert "0.11 MB" in printed.err
+    assert "Within the budget the decoder has" in printed.out
+    bundle = Bundle.load(here / "bundle")
+    choice = json.loads((here / "bundle" / "report.json").read_text())["budget"]
+    written = bundle.manifest.checks["quantization"]["decoder"]["layers"]
+    chosen = {name: form for name, form in choice["chosen"].items() if form != "float"}
+    assert {name: layer["form"] for name, layer in written.items()} == chosen
+    assert len(set(choice["chosen"].values())) > 1
+    assert _weight_bytes(bundle) <= choice["bytes"] <= 110_000
+    assert bundle.manifest.recipe == "int4-0.11MB"
+    assert [path.name for path in here.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_a_budget_needs_bits_to_mix(here, recipe, capsys):
+    options = ["--recipe", recipe, "--budget", "1MB"]
+    assert run_command(export, options, "mvlm-export") == 2
+    assert "Add --recipe int4" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
 def test_the_tables_and_the_next_command(given, here, capsys):
     arguments = ["--target", "cpu", *given, "--budget", "0.02nats"]
     assert type_mvlm("sensitivity", *arguments) == 0
