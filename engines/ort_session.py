@@ -28,7 +28,7 @@ from .kv_cache import (
     cache_names,
 )
 from .manifest import NEXT_TOKEN, ModelSpec, graph_tensors
-from .ort_api import LOG_FATAL_ONLY, import_onnxruntime, ort_errors
+from .ort_api import import_onnxruntime, ort_errors, session_options
 from .session import (
     BackendOptions,
     Float32Array,
@@ -114,11 +114,8 @@ class OrtBackend:
         return OrtDecoder(self._ort, session, manifest.model, device, manifest.kv_form)
 
     def _open(self, name: str, memory_patterns: bool) -> Any:  # noqa: ANN401
-        options = self._ort.SessionOptions()
-        options.log_severity_level = LOG_FATAL_ONLY  # what goes wrong is raised, with its text
+        options = session_options(self._ort, self._threads)
         options.enable_mem_pattern = memory_patterns
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
         path: Path = self._bundle.graph_path(name)
         with ort_errors(self._ort, name, "load"):
             session = self._ort.InferenceSession(

@@ -15,11 +15,7 @@ import numpy.typing as npt
 
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError
-from mvlm_export.engines.ort_api import (
-    LOG_FATAL_ONLY,
-    import_onnxruntime,
-    ort_errors,
-)
+from mvlm_export.engines.ort_api import import_onnxruntime, ort_errors, session_options
 
 Array = npt.NDArray[Any]
 Runner = TypeVar("Runner", bound="GraphRunner")
@@ -36,11 +32,8 @@ class GraphRunner:
     def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
         self.name = name
         self._ort = import_onnxruntime()
-        options = self._ort.SessionOptions()
-        options.log_severity_level = LOG_FATAL_ONLY
+        options = session_options(self._ort, threads)
         options.enable_mem_pattern = False  # every step has another past length
-        if threads is not None:
-            options.intra_op_num_threads = threads
         path, providers = str(bundle.graph_path(name)), ["CPUExecutionProvider"]
         with ort_errors(self._ort, name, "load"):
             self._session = self._ort.InferenceSession(path, options, providers=providers)

@@ -5,6 +5,10 @@ compared by content. Of large ones, reading every pair would cost a minute on a 
 find nothing: they are merged only where both hold one and the same values object, which is
 what a weight bound twice looks like.
 
+Zero points of quantized weights are left alone: ONNX Runtime makes unsigned codes of signed
+ones for CPUs without VNNI, each with a zero point of its own, and fails to load a graph where
+two weights share one.
+
 A merged weight has two readers, and a rewrite that folds something into a weight refuses one
 that is shared: run this pass after those.
 """
@@ -19,6 +23,7 @@ import onnx_graphsurgeon as gs
 from ..base import Pass, PassResult, Tally
 from ..deferred import stored_bytes, values_of
 from ..editing import consumers, is_graph_input, is_graph_output
+from ..matching import is_op
 
 
 class MergeDuplicateConstants(Pass):
@@ -48,7 +53,7 @@ class MergeDuplicateConstants(Pass):
         """Constants of one dtype and shape, where there is more than one."""
         found: dict[Hashable, list[gs.Constant]] = defaultdict(list)
         for tensor in graph.tensors().values():
-            if isinstance(tensor, gs.Constant):
+            if isinstance(tensor, gs.Constant) and not _is_zero_of_weight(tensor):
                 found[str(tensor.dtype), tuple(tensor.shape)].append(tensor)
         return [alike for alike in found.values() if len(alike) > 1]
 
@@ -56,6 +61,16 @@ class MergeDuplicateConstants(Pass):
         if stored_bytes(constant.shape, constant.dtype) > self.limit:
             return id(constant._values)
         return bytes(values_of(constant).tobytes())
+
+
+def _is_zero_of_weight(constant: gs.Constant) -> bool:
+    return any(
+        is_op(node, "DequantizeLinear")
+        and len(node.inputs) == 3
+        and node.inputs[2] is constant
+        and isinstance(node.inputs[0], gs.Constant)
+        for node in consumers(constant)
+    )
 
 
 def _merge(graph: gs.Graph, constant: gs.Constant, first: gs.Constant, tally: Tally) -> None:

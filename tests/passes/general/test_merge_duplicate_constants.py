@@ -120,3 +120,39 @@ def test_any_constants(numbers):
 @pytest.mark.parametrize("name", ["vision_encoder", "projector", "decoder"])
 def test_captured_graphs_have_none(name):
     assert MergeDuplicateConstants().apply(nano_graph(name)).matched == 0
+
+
+QUANTIZED = (
+    HEAD
+    + """
+g (float[B,4] x) => (float[B,4] y)
+<int8[4,4] one, int8[4,4] other, float[4] scale, int8[4] zero, int8[4] zero2, int8 a, int8 b,
+ float step>
+{
+  q = QuantizeLinear(x, step, a)
+  d = DequantizeLinear(q, step, b)
+  w = DequantizeLinear<axis=1>(one, scale, zero)
+  v = DequantizeLinear<axis=1>(other, scale, zero2)
+  m = MatMul(d, w)
+  y = MatMul(m, v)
+}
+"""
+)
+
+
+def test_zero_points_of_weights_are_kept_apart_and_those_of_activations_are_not():
+    generator = np.random.default_rng(0)
+    one, other = generator.integers(-127, 128, (2, 4, 4)).astype(np.int8)
+    zeros = {name: np.zeros(4, np.int8) for name in ("zero", "zero2")}
+    points = {name: np.array(0, np.int8) for name in ("a", "b")}
+    step = np.array(0.05, np.float32)
+    graph = parse_graph(
+        QUANTIZED, one=one, other=other, scale=ONES, step=step, **zeros, **points
+    )
+    assert check_pass(MergeDuplicateConstants(), graph).rewritten == 1
+    read = {
+        node.outputs[0].name: node.inputs[2].name
+        for node in graph.nodes
+        if len(node.inputs) > 2
+    }
+    assert read == {"q": "a", "d": "a", "w": "zero", "v": "zero2"}
