@@ -33,7 +33,6 @@ from mvlm_export.engines.errors import InputError
 from mvlm_export.passes.deferred import Array
 
 from .graph_walker import GraphWalker, Values
-from .layer_change import require_finite
 from .layer_rounding import Candidate, Rounding, as_weight, matrix_of, round_layer
 from .layers import Layer, find_layers
 from .smoothing import find_sites
@@ -130,7 +129,6 @@ class FisherEstimate:
             self._progress(index, len(layers), f"rounding {layer.name}")
             found = walker.advance(layer.inputs)
             pieces = [sample[t.name] for t in layer.inputs for sample in found]
-            require_finite(layer)
             for candidate in candidates[layer.name]:
                 if candidate.form is None:
                     continue

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from mvlm_export.engines.errors import InputError
 from mvlm_export.passes.base import numpy_dtype
 from mvlm_export.passes.deferred import Array, values_of
 
@@ -18,7 +16,6 @@ from .layer_rounding import (
     Rounding,
     as_weight,
     input_steps,
-    matrix_of,
     on_grid,
     round_layer,
 )
@@ -72,22 +69,12 @@ def change_layer(
     steps = input_steps(values, [t.name for t in operands]) if candidate.inputs else []
     weight = None
     if candidate.form is not None:
-        require_finite(layer)
         rows = values[0] if values else []
         rounded = round_layer(layer, candidate.form, rows, rounding, scalable)
         weight = as_weight(layer, rounded.matrix())
     piece = pieces.open_node(_alone(layer, weight))
     names = [tensor.name for tensor in operands[: len(steps)]]
     return LayerChange(layer.node.outputs[0].name, piece, dict(zip(names, steps, strict=True)))
-
-
-def require_finite(layer: Layer) -> None:
-    """Raise :class:`InputError` for a weight with NaN or infinity."""
-    if not np.isfinite(matrix_of(layer)).all():
-        raise InputError(
-            f"The weight of {layer.name!r} holds values that are not finite. Check the "
-            "checkpoint it was read from."
-        )
 
 
 def _alone(layer: Layer, weight: Array | None) -> gs.Node:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from mvlm_export.engines.errors import InputError
 from mvlm_export.passes.deferred import Array, values_of
 
 from .activation_statistics import RowStatistics, row_statistics
@@ -99,22 +100,40 @@ def round_layer(
     rows = row_statistics(
         layer.inputs[0].name, [rows_of(piece) for piece in pieces], "gptq" in rounding
     )
-    if rounding == "clip":
-        return RoundedMatrix(round_clipped(matrix, form, rows.square))
     scales = None
     if "awq" in rounding and scalable:
         scales = search_weight_scales(rows, [matrix], [form]).scales
         matrix, rows = matrix * scales[:, None], _divided(rows, scales)
+    return RoundedMatrix(round_by_rows(matrix, form, rounding, rows), scales)
+
+
+def round_by_rows(
+    matrix: FloatArray, form: WeightFormat, rounding: Rounding, rows: RowStatistics
+) -> QuantizedWeight:
+    """A matrix [K, N], behind its scales of channels, by a method that sees activations.
+
+    Args:
+        rows: with their ``hessian`` for GPTQ.
+    """
     if "gptq" in rounding:
-        grid = clip_grid(matrix, form, rows.square)
-        return RoundedMatrix(round_by_gptq(matrix, grid, rows), scales)
-    return RoundedMatrix(round_clipped(matrix, form, rows.square), scales)
+        return round_by_gptq(matrix, clip_grid(matrix, form, rows.square), rows)
+    return round_clipped(matrix, form, rows.square)
 
 
 def matrix_of(layer: Layer) -> FloatArray:
-    """A layer's weight as a matrix [K, N], read now."""
+    """A layer's weight as a matrix, float32 [K, N], read now.
+
+    Raises:
+        InputError: it holds values that are not finite.
+    """
     assert layer.weight is not None
-    return np.asarray(weight_matrix(layer, values_of(layer.weight)), np.float32)
+    matrix = np.asarray(weight_matrix(layer, values_of(layer.weight)), np.float32)
+    if not np.isfinite(matrix).all():
+        raise InputError(
+            f"The weight of {layer.name!r} holds values that are not finite. Check the "
+            "checkpoint it was read from."
+        )
+    return matrix
 
 
 def as_weight(layer: Layer, matrix: FloatArray) -> Array:

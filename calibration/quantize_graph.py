@@ -17,10 +17,11 @@ import onnx_graphsurgeon as gs
 
 from mvlm_export.engines.errors import InputError
 from mvlm_export.passes.base import Expect, Step
-from mvlm_export.passes.deferred import Array, DeferredValues, values_of
+from mvlm_export.passes.deferred import Array, DeferredValues
 
-from .activation_statistics import RowStatistics, row_statistics
+from .activation_statistics import row_statistics
 from .graph_walker import GraphWalker, Values, check_dtype, rows_of
+from .layer_rounding import as_weight, matrix_of, round_by_rows
 from .layers import Layer, find_layers
 from .observers import make_observer, scale_of
 from .product_clip import product_clip
@@ -29,13 +30,12 @@ from .recipe import PRODUCT, GraphRecipe
 from .scale_search import search_activation_scales, search_weight_scales
 from .smoothing import MoveScales, Scales, SmoothingSite, find_sites
 from .weight_grids import FloatArray, WeightFormat
-from .weight_rounding import clip_grid, round_by_gptq, round_clipped, round_to_nearest
+from .weight_rounding import round_to_nearest
 from .write_quantization import (
     LayerPlan,
     WriteQuantization,
     form_problem,
     matrix_shape,
-    weight_matrix,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -173,7 +173,7 @@ class _GraphQuantizer:
             self.progress(index, len(sites), f"scales before {site.name}")
             search = search_weight_scales if by_weight else search_activation_scales
             rows = row_statistics(site.tensor.name, self._rows(walker, site.tensor))
-            weights = [_matrix(layer) for layer in site.layers]
+            weights = [matrix_of(layer) for layer in site.layers]
             choice = search(rows, weights, self._formats(site))
             self.exponents[site.name] = choice.exponent
             if choice.exponent or (choice.scales != 1).any():
@@ -259,7 +259,7 @@ class _GraphQuantizer:
         by_product = self.recipe.observer == PRODUCT
         if by_product and layer.kind == "linear":
             rows = row_statistics(tensor, [rows_of(piece) for piece in pieces])
-            return product_clip(rows, _matrix(layer))
+            return product_clip(rows, matrix_of(layer))
         observer = make_observer("min-max" if by_product else self.recipe.observer, tensor)
         for piece in pieces:
             observer.update(piece)
@@ -276,7 +276,7 @@ class _GraphQuantizer:
         found = self.store.find(layer.name)
         if found is not None:
             return found
-        matrix = _matrix(layer)
+        matrix = matrix_of(layer)
         rounded = self._round(layer, matrix, form, pieces)
         return self.store.add(layer.name, rounded, matrix)
 
@@ -290,46 +290,21 @@ class _GraphQuantizer:
         method = self.recipe.method
         if method == "rtn" or layer.kind != "linear" or form.bits == 8:
             return round_to_nearest(matrix, form)
-        by_gptq = "gptq" in method
-        rows = self._row_statistics(layer, pieces, hessian=by_gptq)
-        if by_gptq:
-            return round_by_gptq(matrix, clip_grid(matrix, form, rows.square), rows)
-        return round_clipped(matrix, form, rows.square)
-
-    def _row_statistics(
-        self, layer: Layer, pieces: list[list[FloatArray]], hessian: bool
-    ) -> RowStatistics:
-        rows = [rows_of(piece) for piece in pieces[0]]
-        return row_statistics(layer.inputs[0].name, rows, hessian)
+        seen = [rows_of(piece) for piece in pieces[0]]
+        rows = row_statistics(layer.inputs[0].name, seen, hessian="gptq" in method)
+        return round_by_rows(matrix, form, method, rows)
 
     def _rows(self, walker: GraphWalker, tensor: gs.Tensor) -> list[FloatArray]:
         check_dtype(tensor)
         return [rows_of(sample[tensor.name]) for sample in walker.advance([tensor])]
 
 
-def _matrix(layer: Layer) -> FloatArray:
-    """A layer's weight, float32 [K, N]."""
-    assert layer.weight is not None
-    matrix = np.asarray(weight_matrix(layer, values_of(layer.weight)), np.float32)
-    if not np.isfinite(matrix).all():
-        raise InputError(
-            f"The weight of {layer.name!r} holds values that are not finite. Check the "
-            "checkpoint it was read from."
-        )
-    return matrix
-
-
 def _replace_weight(layer: Layer, weight: StoredWeight) -> None:
     """Let the walk go on with the rounded weight."""
     old = layer.weight
     assert old is not None
-    shape = tuple(old.shape)
-
-    def read() -> Array:
-        matrix = weight.load().dequantize()
-        if layer.kind == "linear":
-            return matrix
-        return np.ascontiguousarray(matrix.T.reshape(shape))
-
-    rounded = gs.Constant(f"{old.name}.rounded", DeferredValues(shape, np.float32, read))
+    values = DeferredValues(
+        tuple(old.shape), np.float32, lambda: as_weight(layer, weight.load().dequantize())
+    )
+    rounded = gs.Constant(f"{old.name}.rounded", values)
     layer.node.inputs[0 if layer.kind == "embedding" else 1] = rounded
