@@ -6,6 +6,7 @@ from importlib import metadata
 
 import click
 
+from .bench_command import bench
 from .build_command import build
 from .chat_command import chat
 from .doctor_command import doctor
@@ -37,7 +38,7 @@ def mvlm() -> None:
     """
 
 
-for command in (export, build, run, chat, parity, inspect, sensitivity, doctor):
+for command in (export, build, run, chat, bench, parity, inspect, sensitivity, doctor):
     mvlm.add_command(command)
 
 main = entry_point(mvlm, "mvlm")

@@ -1,0 +1,219 @@
+"""How fast a bundle answers: the medians of several runs of one question.
+
+The protocol is that of MobileVLM's papers: one image, one question and a fixed number of new
+tokens, the model's own end ignored. ``tokens_per_second`` is the new tokens over the total,
+image and prompt included; ``decode_tokens_per_second`` is what most other figures mean. Every
+run pays in full: no image rows and no cache rows are kept from the run before, except the
+prompt prefix that the bundle ships.
+
+A decode step reads the decoder's weights (of the embedding one row) and the filled cache once:
+
+    GB/s reached = (weights + cache row * mean length) * decode tokens/s / 1e9
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import EngineError, InputError
+from .kv_cache import CacheShape
+from .load_image import ImageSource
+from .sampling import SamplingParams
+from .targets import get_target
+from .timings import Timings
+from .vlm import VLM
+
+PAPER_TOKENS = 256
+"""New tokens of the papers' protocol (arXiv 2402.03766, section 4)."""
+
+SECONDS = ("preprocess", "vision", "projector", "prefill", "time_to_first_token", "total")
+
+Progress = Callable[[int, int, str], None]
+"""Called with (runs done, runs in all, what runs)."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several runs.
+
+    Attributes:
+        median: with an even number of runs the mean of the middle two.
+        low, high: the extremes.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one figure, a value for each run."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What was measured.
+
+    Attributes:
+        new_tokens: of each run.
+        prompt_tokens: rows of the prompt, image rows included.
+        cached_tokens: those of them that the shipped prefix covers.
+        runs: how many were measured, warm-up left out.
+        load: seconds to open the bundle, once.
+        seconds: of each phase; keys of ``SECONDS``.
+        decode_tokens_per_second: of the tokens behind the first.
+        tokens_per_second: new tokens over the total.
+        bytes_per_token: that a decode step reads, at the mean length; None where the bundle
+            does not say what its weights take.
+        gigabytes_per_second: reached by the median of the decode speed; None likewise.
+        bandwidth: of the target's memory in GB/s; None where it varies.
+        ids: the new tokens, the same in every run.
+    """
+
+    new_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    runs: int
+    load: float
+    seconds: Mapping[str, Spread]
+    decode_tokens_per_second: Spread
+    tokens_per_second: Spread
+    bytes_per_token: int | None
+    gigabytes_per_second: float | None
+    bandwidth: float | None
+    ids: tuple[int, ...]
+
+    @property
+    def share_of_bandwidth(self) -> float | None:
+        """Of the target's memory; says nothing on another machine."""
+        if self.gigabytes_per_second is None or self.bandwidth is None:
+            return None
+        return self.gigabytes_per_second / self.bandwidth
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **asdict(self),
+            "ids": list(self.ids),
+            "share_of_bandwidth": self.share_of_bandwidth,
+        }
+
+
+def bench(
+    vlm: VLM,
+    image: ImageSource | None,
+    question: str,
+    new_tokens: int = PAPER_TOKENS,
+    runs: int = 5,
+    warmup: int = 1,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Ask one question several times over.
+
+    Args:
+        vlm: opened with ``reuse=False``, so that each run pays in full.
+        image: None asks without one.
+        new_tokens: tokens of each answer, the first included; at least 2.
+        runs: that are measured.
+        warmup: that are not, before them.
+
+    Raises:
+        InputError: the prompt leaves fewer positions, or a count is too small.
+        EngineError: a graph failed, or two runs answered differently.
+    """
+    _check_counts(new_tokens, runs, warmup)
+    images = [] if image is None else [image]
+    length = len(vlm.tokenize(vlm.conversation().ask(question, len(images))))
+    room = vlm.model.max_positions - length
+    if room < new_tokens:
+        raise InputError(
+            f"The prompt takes {length} of {vlm.model.max_positions} positions and leaves "
+            f"{max(room, 0)}, fewer than {new_tokens} new tokens. Give a smaller --tokens, or "
+            "compile with a larger --max-length."
+        )
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    found: list[Timings] = []
+    ids: tuple[int, ...] = ()
+    for index in range(warmup + runs):
+        if progress is not None:
+            progress(index, warmup + runs, "warm-up" if index < warmup else "answer")
+        answer = vlm.generate(images, question, params)
+        ids = ids or answer.ids
+        if answer.ids != ids:
+            raise _changed(index, ids, answer.ids)
+        if index >= warmup:
+            found.append(answer.timings)
+    if progress is not None:
+        progress(warmup + runs, warmup + runs, "answer")
+    return _report(vlm, found, length, ids)
+
+
+def _check_counts(new_tokens: int, runs: int, warmup: int) -> None:
+    if new_tokens < 2 or runs < 1 or warmup < 0:
+        raise InputError(
+            f"{new_tokens} tokens, {runs} runs and {warmup} warm-ups measure nothing: give 2 "
+            "tokens, 1 run and 0 warm-ups at least."
+        )
+
+
+def _changed(run: int, ids: Sequence[int], other: Sequence[int]) -> EngineError:
+    place = next(i for i, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b)
+    return EngineError(
+        f"Run {run + 1} answered otherwise than the first from token {place + 1} on, though "
+        "both chose the likeliest token. Its timings would not be comparable; run "
+        "`mvlm parity` on the bundle."
+    )
+
+
+def _report(
+    vlm: VLM, found: Sequence[Timings], prompt_tokens: int, ids: tuple[int, ...]
+) -> BenchReport:
+    bundle = vlm.bundle
+    decode = Spread.of([timings.decode_tokens_per_second for timings in found])
+    read = bytes_per_token(bundle, prompt_tokens + len(ids) / 2)
+    reached = None if read is None else read * decode.median / 1e9
+    target = get_target(bundle.manifest.target, bundle.manifest.jetpack)
+    return BenchReport(
+        new_tokens=len(ids),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=found[0].cached_tokens,
+        runs=len(found),
+        load=found[0].load,
+        seconds={name: Spread.of([getattr(t, name) for t in found]) for name in SECONDS},
+        decode_tokens_per_second=decode,
+        tokens_per_second=Spread.of([len(ids) / timings.total for timings in found]),
+        bytes_per_token=read,
+        gigabytes_per_second=reached,
+        bandwidth=target.bandwidth_gb_s,
+        ids=ids,
+    )
+
+
+def bytes_per_token(bundle: Bundle, length: float) -> int | None:
+    """What a decode step reads when the cache holds ``length`` rows.
+
+    Returns:
+        None where the manifest does not say what the decoder's weights take.
+    """
+    manifest = bundle.manifest
+    estimate = manifest.checks.get("estimate", {})
+    if "read_per_token" not in estimate or "cache" not in estimate:
+        return None
+    model = manifest.model
+    row = CacheShape(
+        model.num_layers,
+        model.num_key_value_heads,
+        model.head_dim,
+        1,
+        np.dtype(manifest.cache_dtype).name,
+    ).total_bytes
+    # The estimate counts the cache half full.
+    weights = int(estimate["read_per_token"]) - int(estimate["cache"]) // 2
+    return weights + int(row * length)
