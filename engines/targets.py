@@ -2,7 +2,8 @@
 
 No code compares a target by name; it asks ``target.op_set``, ``target.builds_on_host`` and so
 on. JetPack decides the TensorRT of a Jetson, so a Jetson record is made from a module (memory,
-bandwidth) and a JetPack (TensorRT, opset, operators).
+bandwidth, GPU; ``jetson_modules.py``) and a JetPack (TensorRT, opset, operators). TensorRT-RTX
+has a record for each compute capability that it builds for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .errors import InputError
+from .jetson_modules import ALIASES, JETSON_MODULES, JetsonModule
 from .kv_cache import KvForm
 
 RuntimeKind = Literal["tensorrt", "tensorrt_rtx", "onnxruntime"]
@@ -20,6 +22,10 @@ RUNTIME_TITLES: dict[RuntimeKind, str] = {
     "tensorrt_rtx": "TensorRT-RTX",
     "onnxruntime": "ONNX Runtime",
 }
+
+OPS_PER_CLOCK = 2048
+"""Dense FP16 operations of one Orin streaming multiprocessor in a clock; see
+``jetson_modules.py`` for how this meets the data sheets."""
 
 # ONNX's own names of element types (onnx.TensorProto.DataType).
 _TENSORRT_DTYPES = frozenset(
@@ -57,7 +63,8 @@ class Target:
         runtime: which library runs the bundle's graphs there.
         compute_capability: of the GPU that engines are made for, (8, 7) for Orin; None for a
             target without engines.
-        memory_gb: memory of the module, shared by CPU and GPU on Jetson; None if it varies.
+        memory_gb: memory of the module as sold, in units of 2**30 bytes, shared by CPU and GPU
+            on Jetson; None if it varies.
         bandwidth_gb_s: memory bandwidth in GB/s, decimal; None if it varies.
         tensorrt_version: (major, minor) that reads the graphs; None without TensorRT.
         opset_ceiling: highest ONNX opset that may reach it.
@@ -74,6 +81,12 @@ class Target:
         builds_on_host: False if engines can be built on the device alone.
         execution_provider: ONNX Runtime's provider; None for TensorRT.
         jetpack: JetPack major version; None off Jetson.
+        series: targets whose bundles hold the same graphs, so that each of these devices can
+            build and run them; None where there is one alone.
+        follows_gpu: whether engines are made for the GPU that is found, where one is, and
+            ``compute_capability`` is what they are made for elsewhere; False where it binds.
+        gpu_sms: streaming multiprocessors of its GPU; None if it varies.
+        gpu_ghz: the highest clock of its GPU; None if it varies.
     """
 
     name: str
@@ -95,6 +108,30 @@ class Target:
     builds_on_host: bool
     execution_provider: str | None = None
     jetpack: int | None = None
+    series: str | None = None
+    follows_gpu: bool = False
+    gpu_sms: int | None = None
+    gpu_ghz: float | None = None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory of the module, before anything takes of it; None if it varies."""
+        return None if self.memory_gb is None else int(self.memory_gb * 2**30)
+
+    @property
+    def fp16_tflops(self) -> float | None:
+        """Dense FP16 peak of the tensor cores in 10**12 a second, two for a product and sum.
+
+        ``OPS_PER_CLOCK`` a streaming multiprocessor; None if the GPU varies.
+        """
+        if self.gpu_sms is None or self.gpu_ghz is None:
+            return None
+        return self.gpu_sms * self.gpu_ghz * OPS_PER_CLOCK / 1e3
+
+    @property
+    def int8_tops(self) -> float | None:
+        """Dense 8-bit peak, twice that of FP16; None if the GPU varies."""
+        return None if self.fp16_tflops is None else 2 * self.fp16_tflops
 
     @property
     def provider(self) -> Literal["cpu", "cuda"]:
@@ -173,21 +210,20 @@ _JETPACKS = {
 _DEFAULT_JETPACK = 6
 
 
-def _jetson(name: str, module: str, memory_gb: float, bandwidth_gb_s: float) -> Target:
+def _jetson(module: JetsonModule) -> Target:
     """A Jetson Orin module under the default JetPack.
 
-    Memory and bandwidth: NVIDIA's module data sheets. Compute capability 8.7 (Ampere): FP16,
-    BF16, INT8 and weight-only INT4, no FP8. TensorRT engines only run on the kind of device
-    that built them.
+    Compute capability 8.7 (Ampere): FP16, BF16, INT8 and weight-only INT4, no FP8. TensorRT
+    engines only run on the kind of device that built them.
     """
     jetpack = _JETPACKS[_DEFAULT_JETPACK]
     target = Target(
-        name=name,
-        title=module,
+        name=module.name,
+        title=module.title,
         runtime="tensorrt",
         compute_capability=(8, 7),
-        memory_gb=memory_gb,
-        bandwidth_gb_s=bandwidth_gb_s,
+        memory_gb=module.memory_gb,
+        bandwidth_gb_s=module.bandwidth_gb_s,
         tensorrt_version=jetpack.tensorrt_version,
         opset_ceiling=jetpack.opset_ceiling,
         ir_ceiling=jetpack.ir_ceiling,
@@ -200,8 +236,11 @@ def _jetson(name: str, module: str, memory_gb: float, bandwidth_gb_s: float) -> 
         kv_form=jetpack.kv_form,
         default_recipe="fp16",
         builds_on_host=False,
+        series=module.series,
+        gpu_sms=module.gpu_sms,
+        gpu_ghz=module.gpu_ghz,
     )
-    return _with_jetpack(target, module, _DEFAULT_JETPACK)
+    return _with_jetpack(target, module.title, _DEFAULT_JETPACK)
 
 
 def _with_jetpack(target: Target, module: str, version: int) -> Target:
@@ -265,15 +304,41 @@ _RTX = Target(
     kv_form="append",
     default_recipe="fp16",
     builds_on_host=True,
+    series="rtx",
+    follows_gpu=True,
 )
+
+RTX_GPUS: dict[tuple[int, int], str] = {
+    (7, 5): "Turing, GeForce RTX 20",
+    (8, 0): "Ampere, A100",
+    (8, 6): "Ampere, GeForce RTX 30",
+    (8, 9): "Ada, GeForce RTX 40",
+    (12, 0): "Blackwell, GeForce RTX 50",
+    (12, 1): "Blackwell, GB10",
+}
+"""Compute capabilities that TensorRT-RTX 1.7 builds for (its enum ``ComputeCapability``)."""
+
+
+def _rtx(capability: tuple[int, int]) -> Target:
+    """TensorRT-RTX for one compute capability; bfloat16 came with Ampere (8.0)."""
+    major, minor = capability
+    missing = {"BFLOAT16"} if capability < (8, 0) else set()
+    return replace(
+        _RTX,
+        name=f"rtx-sm{major}{minor}",
+        title=f"{RTX_GPUS[capability]}, compute capability {major}.{minor} (TensorRT-RTX 1.7)",
+        compute_capability=capability,
+        dtypes=_TENSORRT_DTYPES - missing,
+        follows_gpu=False,
+    )
+
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        _jetson("orin", "Jetson AGX Orin 64GB", 64, 204.8),
-        _jetson("orin-nx", "Jetson Orin NX 16GB", 16, 102.4),
-        _jetson("orin-nano", "Jetson Orin Nano 8GB (Super)", 8, 102.0),
+        *map(_jetson, JETSON_MODULES),
         _RTX,
+        *map(_rtx, RTX_GPUS),
         # GroupQueryAttention on a fixed cache: 0.79 to 0.93 of the append form's time on the
         # CPU (docs/passes.md); on CUDA it has not been run.
         _onnxruntime(
@@ -290,13 +355,13 @@ def get_target(name: str, jetpack: int | None = None) -> Target:
     """The record of a target, for a Jetson under the JetPack asked for.
 
     Args:
-        name: one of ``TARGETS``.
+        name: one of ``TARGETS`` or ``ALIASES``.
         jetpack: 6 or 7, for Jetson targets alone; None means 6.
 
     Raises:
         InputError: no such target or JetPack, or a JetPack for what is no Jetson.
     """
-    target = TARGETS.get(name)
+    target = TARGETS.get(ALIASES.get(name, name))
     if target is None:
         close = difflib.get_close_matches(name.lower(), TARGETS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .atomic_write import write_whole
+from .build_options import BuildOptions
+from .build_result import BuildResult
 from .errors import EngineError
 from .gpu_probe import probe_gpu
 from .targets import RUNTIME_TITLES, Target
 from .trt_api import (
+    BuildLog,
     BuildProgress,
     LogRecord,
     ProgressCallback,
@@ -31,19 +33,25 @@ from .trt_api import (
     tensorrt_log,
 )
 from .trt_diagnostics import (
+    BuildFailedError,
     describe_build_failure,
     describe_parse_failure,
+    read_errors,
     read_parser_issues,
 )
+from .trt_graph_cut import CutNode, cut_after, find_nodes
 from .trt_profiles import (
     NetworkInput,
     ProfileSpec,
+    ShapeRange,
     decoder_profiles,
     map_profile,
     vision_profiles,
 )
+from .trt_warnings import describe_refused
 
 __all__ = [
+    "BuildOptions",
     "BuildProgress",
     "BuildResult",
     "ProfileSpec",
@@ -53,49 +61,6 @@ __all__ = [
     "vision_profiles",
 ]
 
-_UNUSED_INPUT = "Unused Input:"
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """A plan that was built.
-
-    Attributes:
-        plan_path: where it lies.
-        plan_bytes: its size.
-        seconds: wall clock of parse and build.
-        weights_memory: bytes of weights the engine holds, from TensorRT's log; None if the log
-            does not say. Well over the ONNX weights means that profiles do not share them.
-        activation_memory: bytes of scratch for each profile, by name.
-        tensorrt_version: version of the package that built it.
-        kind: "tensorrt" or "tensorrt_rtx".
-        compute_capability: of the GPU it is for; None if the package chose the one it found.
-        profiles: names in the order of their indices.
-        warnings: TensorRT's and the builder's, distinct.
-    """
-
-    plan_path: Path
-    plan_bytes: int
-    seconds: float
-    weights_memory: int | None
-    activation_memory: dict[str, int]
-    tensorrt_version: str
-    kind: str
-    compute_capability: tuple[int, int] | None
-    profiles: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for build.json."""
-        capability = list(self.compute_capability) if self.compute_capability else None
-        return {
-            **asdict(self),
-            "plan_path": self.plan_path.name,
-            "compute_capability": capability,
-            "profiles": list(self.profiles),
-            "warnings": list(self.warnings),
-        }
-
 
 def build_engine(
     onnx_path: Path,
@@ -103,12 +68,15 @@ def build_engine(
     profiles: Sequence[ProfileSpec],
     *,
     target: Target,
-    workspace_bytes: int | None = None,
+    options: BuildOptions | None = None,
     timing_cache: Path | None = None,
     compute_capability: tuple[int, int] | None = None,
     progress: ProgressCallback | None = None,
 ) -> BuildResult:
-    """Build one plan and put it at ``plan_path``, whole or not at all.
+    """Build one plan in this process and put it at ``plan_path``, whole or not at all.
+
+    ``build_process.build_engine`` does the same in a process of its own, which gives the
+    memory back and makes the plan's bytes reproducible.
 
     Ctrl-C stops the build at TensorRT's next step; a second one does not wait for it.
 
@@ -117,7 +85,7 @@ def build_engine(
         plan_path: the file to write; its folder is made, an older file replaced at the end.
         profiles: index order is the order given; empty for a graph of fixed shapes.
         target: asked for runtime, TensorRT and compute capability.
-        workspace_bytes: scratch limit for a tactic; None leaves TensorRT's own.
+        options: workspace limit and optimization level; None leaves TensorRT's own.
         timing_cache: kernel timings, read before and written after; TensorRT-RTX has none.
         compute_capability: GPU to build for, where the package can build for others; None
             takes ``engine_capability(target)``.
@@ -125,30 +93,23 @@ def build_engine(
 
     Raises:
         EngineError: the file is missing, empty or not for this TensorRT, a profile does not
-            fit, this GPU is not the target's, or TensorRT gives up.
+            fit, this GPU is not the target's, or TensorRT gives up or would change the graph;
+            ``BuildFailedError`` where it parsed the graph and could not build it.
         MissingPackageError: the TensorRT package is not here.
         InputError: the target has no engines.
     """
-    trt = load_tensorrt(target.runtime)
-    _check_request(onnx_path, profiles, workspace_bytes)
-    if not target.builds_on_host:
-        _check_device(target)
     tracker = ProgressTracker(progress)
-    log = tensorrt_log(trt)
+    job = open_job(
+        onnx_path,
+        profiles,
+        target,
+        tracker=tracker,
+        options=options,
+        timing_cache=timing_cache,
+        compute_capability=compute_capability,
+    )
     start = time.perf_counter()
-    with log.collecting() as records:
-        job = _BuildJob(
-            trt,
-            onnx_path,
-            tuple(profiles),
-            target,
-            tracker,
-            log.logger,
-            records,
-            workspace_bytes,
-            capability=compute_capability or engine_capability(target),
-            timing_cache=timing_cache if target.times_kernels else None,
-        )
+    with job.log.collecting() as job.records:
         plan = run_cancellable(job.run, tracker.cancel)
     seconds = time.perf_counter() - start
     write_whole(plan_path, memoryview(plan))
@@ -157,9 +118,35 @@ def build_engine(
     return job.result(plan_path, seconds)
 
 
-def _check_request(
-    onnx_path: Path, profiles: Sequence[ProfileSpec], workspace_bytes: int | None
-) -> None:
+def open_job(
+    onnx_path: Path,
+    profiles: Sequence[ProfileSpec],
+    target: Target,
+    *,
+    tracker: ProgressTracker,
+    options: BuildOptions | None = None,
+    timing_cache: Path | None = None,
+    compute_capability: tuple[int, int] | None = None,
+) -> BuildJob:
+    """A build that was checked and has not begun; for arguments and errors see above."""
+    trt = load_tensorrt(target.runtime)
+    _check_request(onnx_path, profiles)
+    if not target.builds_on_host:
+        _check_device(target)
+    return BuildJob(
+        trt,
+        onnx_path,
+        tuple(profiles),
+        target,
+        tracker,
+        tensorrt_log(trt),
+        options or BuildOptions(),
+        capability=compute_capability or engine_capability(target),
+        timing_cache=timing_cache if target.times_kernels else None,
+    )
+
+
+def _check_request(onnx_path: Path, profiles: Sequence[ProfileSpec]) -> None:
     if not onnx_path.is_file():
         raise EngineError(f"There is no ONNX file {onnx_path}. Compile the model first.")
     if onnx_path.stat().st_size == 0:
@@ -168,11 +155,6 @@ def _check_request(
     names = [profile.name for profile in profiles]
     if len(set(names)) != len(names):
         raise EngineError(f"Profile names must differ, not {', '.join(names)}. Rename one.")
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise EngineError(
-            f"The workspace limit is {workspace_bytes} bytes. Give a positive number, or none "
-            "for TensorRT's own limit."
-        )
 
 
 def _check_device(target: Target) -> None:
@@ -188,12 +170,12 @@ def _check_device(target: Target) -> None:
 
 
 def engine_capability(target: Target) -> tuple[int, int] | None:
-    """The GPU that an engine built here is for: this machine's where that can differ.
+    """The GPU that an engine built here is for. Name the plan's folder by it.
 
-    A target that builds on any host takes the GPU found, if its package knows it, and the
-    target's own figure else. Name the plan's folder by it.
+    A target that follows the GPU takes the one found, if its package knows it; all others have
+    their own figure.
     """
-    if not target.builds_on_host or not target.has_engines:
+    if not target.follows_gpu:
         return target.compute_capability
     found = probe_gpu().compute_capability
     known = getattr(load_tensorrt(target.runtime), "ComputeCapability", None)
@@ -207,7 +189,7 @@ def _dotted(numbers: tuple[int, ...] | None) -> str:
 
 
 @dataclass
-class _BuildJob:
+class BuildJob:
     """One build. Holds builder, network and parser: TensorRT crashes if one goes too early."""
 
     trt: TensorRT
@@ -215,11 +197,12 @@ class _BuildJob:
     profiles: tuple[ProfileSpec, ...]
     target: Target
     tracker: ProgressTracker
-    logger: TrtObject
-    records: list[LogRecord]
-    workspace_bytes: int | None
+    log: BuildLog
+    options: BuildOptions
     capability: tuple[int, int] | None
     timing_cache: Path | None
+    records: list[LogRecord] = field(default_factory=list)
+    shapes: dict[str, dict[str, ShapeRange]] = field(default_factory=dict)
     new_timing_cache: memoryview | None = None
     alive: list[TrtObject] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -227,15 +210,39 @@ class _BuildJob:
     def run(self) -> TrtObject:
         """Parse and build; the plan as a buffer."""
         builder = self._create_builder()
+        plan = self._build(builder, self._parse(builder))
+        refused = describe_refused(read_warnings(self.records))
+        if refused is not None:
+            raise EngineError(f"{self.label} cannot keep to {self.onnx_path}. {refused}")
+        return plan
+
+    def list_nodes(self) -> list[CutNode]:
+        """Parse; the ONNX nodes behind which the graph can be cut, in order."""
+        return find_nodes(self._parse(self._create_builder()))
+
+    def build_part(self, node: str) -> None:
+        """Parse, cut behind a node ("" for nowhere), and build what is left; drop the plan.
+
+        Raises:
+            BuildFailedError: that part cannot be built either.
+        """
+        builder = self._create_builder()
         network = self._parse(builder)
+        if node:
+            cut_after(network, node)
+        self._build(builder, network)
+
+    def _build(self, builder: TrtObject, network: TrtObject) -> TrtObject:
         config = self._configure(builder)
         self._add_profiles(builder, network, config)
         plan = builder.build_serialized_network(network, config)
         if self.tracker.failure is not None:
             raise self.tracker.failure
         if plan is None:
-            raise EngineError(describe_build_failure(self.onnx_path, self.label, self.records))
-        self._refuse_unused_inputs()
+            raise BuildFailedError(
+                describe_build_failure(self.onnx_path, self.label, self.records),
+                read_errors(self.records),
+            )
         self._keep_timing_cache(config)
         return plan
 
@@ -249,7 +256,7 @@ class _BuildJob:
 
     def _create_builder(self) -> TrtObject:
         try:
-            builder = self.trt.Builder(self.logger)
+            builder = self.trt.Builder(self.log.logger)
         except (RuntimeError, TypeError) as error:  # pybind's words for a null builder
             raise EngineError(
                 f"{self.label} does not start here ({error}); most often no GPU "
@@ -264,7 +271,7 @@ class _BuildJob:
         network = builder.create_network(1 << int(flag))
         if network is None:
             raise EngineError(describe_build_failure(self.onnx_path, self.label, self.records))
-        parser = self.trt.OnnxParser(network, self.logger)
+        parser = self.trt.OnnxParser(network, self.log.logger)
         self.alive += [network, parser]
         # From a file, so that external data beside it is found and mapped.
         if not parser.parse_from_file(str(self.onnx_path)):
@@ -280,8 +287,11 @@ class _BuildJob:
         trt, config = self.trt, builder.create_builder_config()
         self.alive += [config, self.tracker.attach(trt, config)]
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if self.workspace_bytes is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_bytes)
+        limit, level = self.options.workspace_bytes, self.options.optimization_level
+        if limit is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
+        if level is not None:
+            config.builder_optimization_level = level
         if hasattr(config, "num_compute_capabilities") and self.capability is not None:
             name = "SM{}{}".format(*self.capability)
             if not hasattr(trt.ComputeCapability, name):
@@ -311,7 +321,7 @@ class _BuildJob:
                 "profile was given. Pass decoder_profiles(...) or vision_profiles(...)."
             )
         for spec in self.profiles:
-            shapes = map_profile(inputs, spec)
+            shapes = self.shapes[spec.name] = map_profile(inputs, spec)
             profile = builder.create_optimization_profile()
             self.alive.append(profile)
             try:
@@ -329,18 +339,6 @@ class _BuildJob:
                     f"{dict(spec.dims)}: "
                     + describe_build_failure(self.onnx_path, self.label, self.records)
                 )
-
-    def _refuse_unused_inputs(self) -> None:
-        """TensorRT drops inputs it has no use for, Attention's lengths among them."""
-        warnings = read_warnings(self.records)
-        unused = [w.split(_UNUSED_INPUT)[1].strip() for w in warnings if _UNUSED_INPUT in w]
-        if unused:
-            raise EngineError(
-                f"{self.label} would ignore the input(s) {', '.join(unused)} of "
-                f"{self.onnx_path}: the engine would not compute what the graph says. Remove "
-                "an input that feeds nothing; where it feeds an operator (the lengths of "
-                "Attention), say the same with standard operators."
-            )
 
     def _load_timing_cache(self, config: TrtObject) -> None:
         if self.timing_cache is None:
@@ -377,6 +375,8 @@ class _BuildJob:
             kind=self.target.runtime,
             compute_capability=self.capability,
             profiles=names,
+            shapes=self.shapes,
+            options=self.options,
             warnings=(*self.notes, *read_warnings(self.records)),
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import EngineError
 from .trt_api import LogRecord, TrtObject, without_noise
 
 # First match wins; patterns are TensorRT's own words (10.1 to 11, TensorRT-RTX 1.7).
@@ -81,6 +82,15 @@ _CURES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"violate shape constraints|badreshape",
             "The graph cannot take these shapes: check the profile's ranges, and the Reshape "
             "that is named for sizes frozen at export.",
+        ),
+        (
+            r"not supported by a dedicated kernel|IAttention::setDecomposable",
+            "TensorRT has no kernel for an Attention operator of these shapes and types: "
+            "lower it to MatMul, Softmax, MatMul, as the targets with the append cache do.",
+        ),
+        (
+            r"output tensor must be a network output",
+            "A cache that is written in place must be an output of the graph: export it so.",
         ),
         (
             r"HW-specific datatypes",
@@ -173,10 +183,27 @@ def describe_parse_failure(path: Path, builder: str, issues: Sequence[ParserIssu
     return f"{builder} cannot read {path}:\n" + "\n".join(lines)
 
 
+class BuildFailedError(EngineError):
+    """A network was parsed, and no engine could be built from it.
+
+    Attributes:
+        errors: TensorRT's own words, distinct, without noise.
+    """
+
+    def __init__(self, message: str, errors: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.errors = tuple(errors)
+
+
+def read_errors(records: Sequence[LogRecord]) -> tuple[str, ...]:
+    """Distinct errors in order, noise filtered out."""
+    texts = (without_noise(record.text) for record in records if record.is_error)
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
 def describe_build_failure(path: Path, builder: str, records: Sequence[LogRecord]) -> str:
     """One message for a network that ``builder`` cannot build: its errors and a cure."""
-    texts = (without_noise(record.text) for record in records if record.is_error)
-    errors = list(dict.fromkeys(text for text in texts if text))
+    errors = read_errors(records)
     raw = "\n".join(record.text for record in records if record.is_error)
     said = "\n  ".join(errors[:_SHOWN]) or "TensorRT gave no reason"
     cure = find_cure("\n".join(errors) or raw)

@@ -14,9 +14,11 @@ from mvlm_export.engines.bundle import PREFIX, REPORT, Bundle, BundleWriter, wri
 from mvlm_export.engines.doctor import read_memory
 from mvlm_export.engines.errors import MissingPackageError
 from mvlm_export.engines.manifest import GraphSpec, Manifest
+from mvlm_export.engines.plan_profiles import stored_weight_kind
 from mvlm_export.engines.prefix import PromptPrefix, save_prefix
 from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
 from mvlm_export.engines.trt_api import load_tensorrt
+from mvlm_export.engines.trt_profiles import WeightKind
 from mvlm_export.passes.conformance import check_conformance
 
 from .assemble import copy_files, graph_spec, tool_versions
@@ -97,9 +99,8 @@ class Compiler:
                 name: graph_spec(writer.folder, name, self.resolved.dtype)
                 for name in COMPONENTS
             }
-            checks = self._check_graphs(writer.folder, graphs, inputs) | {"passes": passes}
-            if quantized:
-                checks["quantization"] = quantized
+            noted = {"passes": passes} | ({"quantization": quantized} if quantized else {})
+            checks = self._check_graphs(writer.folder, graphs, inputs, quantized) | noted
             self.listener.stage("Hashing the bundle")
             bundle = writer.seal(self._manifest(inputs, graphs, checks))
             report: dict[str, Any] = {
@@ -198,7 +199,11 @@ class Compiler:
         save_prefix(folder / PREFIX, PromptPrefix(ids, tuple(rows)))
 
     def _check_graphs(
-        self, folder: Path, graphs: dict[str, GraphSpec], inputs: CompileInputs
+        self,
+        folder: Path,
+        graphs: dict[str, GraphSpec],
+        inputs: CompileInputs,
+        quantized: dict[str, Any],
     ) -> dict[str, Any]:
         """Conformance, the estimate, and the stand-in build where it applies."""
         target = self.resolved.target
@@ -210,11 +215,18 @@ class Compiler:
         estimate = estimate_target(paths, self.resolved.dtype, inputs.model, target)
         checks: dict[str, Any] = {"conformance": "passed", "estimate": estimate.to_json()}
         if target.has_engines and not self.resolved.builds_here and self.given.stand_in:
-            checks["stand_in"] = self._stand_in(folder, paths, inputs, estimate)
+            layers = quantized.get("decoder", {}).get("layers", {})
+            kind = stored_weight_kind(layers, inputs.model.num_layers, self.resolved.dtype)
+            checks["stand_in"] = self._stand_in(folder, paths, inputs, estimate, kind)
         return checks
 
     def _stand_in(
-        self, folder: Path, paths: dict[str, Path], inputs: CompileInputs, estimate: Estimate
+        self,
+        folder: Path,
+        paths: dict[str, Path],
+        inputs: CompileInputs,
+        estimate: Estimate,
+        kind: WeightKind,
     ) -> dict[str, Any]:
         _, available = read_memory(Path("/"))
         needed = STAND_IN_MEMORY * estimate.weights
@@ -228,7 +240,7 @@ class Compiler:
             return build_stand_in(
                 paths,
                 inputs.model,
-                self.resolved.dtype,
+                kind,
                 folder,
                 self.listener.advance,
                 inputs.plan.kv_form,

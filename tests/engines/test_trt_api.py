@@ -10,7 +10,12 @@ from mvlm_export.engines import trt_api, trt_builder
 from mvlm_export.engines.errors import EngineError, InputError, MissingPackageError
 from mvlm_export.engines.gpu_probe import GpuInfo, probe_gpu
 from mvlm_export.engines.targets import get_target
-from mvlm_export.engines.trt_builder import build_engine, decoder_profiles, engine_capability
+from mvlm_export.engines.trt_builder import (
+    BuildOptions,
+    build_engine,
+    decoder_profiles,
+    engine_capability,
+)
 
 from . import fake_tensorrt_10_3
 from .trt_graphs import RTX, leftovers, save_relu
@@ -61,11 +66,12 @@ def build_for_orin(tmp_path, target="orin", jetpack=None, **options):
 
 
 def test_10_3_strongly_typed_by_its_own_number_and_no_precision_flag(tmp_path, tensorrt_10_3):
-    result = build_for_orin(tmp_path, workspace_bytes=1 << 30)
+    result = build_for_orin(tmp_path, options=BuildOptions(1 << 30, 4))
     builder = tensorrt_10_3.Builder.last
     assert builder.network.flags == 1 << 1
     assert builder.config.flags == []
     assert builder.config.pools == {tensorrt_10_3.MemoryPoolType.WORKSPACE: 1 << 30}
+    assert builder.config.builder_optimization_level == 4
     assert len(builder.config.profiles) == 2
     assert builder.config.profiles[0].shapes == {
         "input_ids": ((1,), (256,), (2048,)),

@@ -16,7 +16,12 @@ from onnx import TensorProto, helper
 from mvlm_export.engines import trt_builder
 from mvlm_export.engines.errors import EngineError
 from mvlm_export.engines.gpu_probe import probe_gpu
-from mvlm_export.engines.trt_builder import ProfileSpec, build_engine, decoder_profiles
+from mvlm_export.engines.trt_builder import (
+    BuildOptions,
+    ProfileSpec,
+    build_engine,
+    decoder_profiles,
+)
 
 from ..helpers_plan import plan_kernels
 from .trt_graphs import (
@@ -88,7 +93,7 @@ def test_unknown_compute_capability_is_refused(tmp_path):
 
 
 def test_fixed_shapes_need_no_profile_and_workspace_can_be_limited(tmp_path):
-    result = build(save_relu(tmp_path / "relu.onnx", dim=4), [], workspace_bytes=1 << 24)
+    result = build(save_relu(tmp_path / "relu.onnx", dim=4), [], options=BuildOptions(1 << 24))
     assert result.profiles == ()
     assert list(result.activation_memory) == ["default"]
 

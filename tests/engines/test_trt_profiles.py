@@ -80,7 +80,7 @@ def test_a_fixed_cache_has_no_range_of_past_tokens():
 
 def test_profiles_of_a_bundle_follow_its_cache_form():
     for form, dims in (("append", {"S", "T", "I"}), ("fixed", {"S", "I"})):
-        decoder = graph_profiles(MODEL, "float16", form)["decoder"]
+        decoder = graph_profiles(MODEL, "fp16", form)["decoder"]
         assert all(set(profile.dims) == dims for profile in decoder)
 
 

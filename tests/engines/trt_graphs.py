@@ -97,6 +97,74 @@ def save_append_attention(path):
     return save(path, nodes, [value("x", ["S", WIDTH]), *past], new, weights)
 
 
+def save_bad_reshape(path):
+    """Parses, and fails in the build: 16 values cannot become 48, TensorRT says."""
+    node = helper.make_node
+    nodes = [
+        node("Relu", ["x"], ["a"], name="first"),
+        node("MatMul", ["a", "w"], ["b"], name="proj"),
+        node("Reshape", ["b", "frozen"], ["c"], name="/layer1/bad_reshape"),
+        node("Relu", ["c"], ["d"], name="after"),
+        node("Softmax", ["d"], ["y"], name="softmax", axis=-1),
+    ]
+    weights = [
+        constant("w", np.ones((8, 8), np.float16)),
+        constant("frozen", np.array([3, 16], np.int64)),
+    ]
+    inputs, outputs = [value("x", ["S", 8])], [value("y", ["R", "C"])]
+    return save(path, nodes, inputs, outputs, weights)
+
+
+def save_scatter_attention(path, rows=64, head_dim=64):
+    """Attention over a cache written in place; TensorRT-RTX 1.7 builds it with S 1..2 alone.
+
+    With one new row it has no kernel for the node and says so without naming it.
+    """
+    rng = np.random.default_rng(0)
+    width = HEADS * head_dim
+    node = helper.make_node
+    nodes = [node("Relu", ["x"], ["a"], name="act")]
+    for part in "qkv":
+        nodes += [
+            node("MatMul", ["a", f"w_{part}"], [f"{part}_flat"], name=f"{part}_proj"),
+            node("Reshape", [f"{part}_flat", "split"], [f"{part}_4d"], name=f"{part}_split"),
+            node("Transpose", [f"{part}_4d"], [part], name=f"{part}_t", perm=[0, 2, 1, 3]),
+        ]
+    nodes += [
+        node("TensorScatter", ["past_k", "k", "at"], ["keys"], name="k_scatter", axis=-2),
+        node("TensorScatter", ["past_v", "v", "at"], ["values"], name="v_scatter", axis=-2),
+        node("Shape", ["a"], ["s1"], name="new_rows", start=0, end=1),
+        node("Squeeze", ["s1", "first"], ["s0"], name="count"),
+        node("Range", ["zero", "s0", "one"], ["r"], name="range"),
+        node("Add", ["r", "at"], ["row"], name="row"),
+        node("Unsqueeze", ["row", "last"], ["row_2d"], name="row_2d"),
+        node("LessOrEqual", ["columns", "row_2d"], ["mask"], name="mask"),
+        node("Attention", ["q", "keys", "values", "mask"], ["mixed"], name="/layer0/attn"),
+        node("Transpose", ["mixed"], ["mixed_t"], name="back", perm=[0, 2, 1, 3]),
+        node("Reshape", ["mixed_t", "flat"], ["merged"], name="merge"),
+        node("MatMul", ["merged", "w_q"], ["y"], name="o_proj"),
+    ]
+    weights = [
+        constant(f"w_{p}", (rng.standard_normal((width, width)) / 10).astype(np.float16))
+        for p in "qkv"
+    ]
+    weights += [
+        constant("split", np.array([1, -1, HEADS, head_dim])),
+        constant("flat", np.array([-1, width])),
+        constant("first", np.array([0])),
+        constant("last", np.array([1])),
+        constant("zero", np.array(0)),
+        constant("one", np.array(1)),
+        constant("columns", np.arange(rows)),
+    ]
+    past, new = (
+        [value(name, [1, HEADS, rows, head_dim]) for name in names]
+        for names in (("past_k", "past_v"), ("keys", "values"))
+    )
+    inputs = [value("x", ["S", width]), *past, value("at", [1], TensorProto.INT64)]
+    return save(path, nodes, inputs, [value("y", ["S", width]), *new], weights, opset=24)
+
+
 def leftovers(folder):
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".onnx")
 
