@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from .bundle import Bundle
 from .errors import InputError
+from .gpu_probe import probe_gpu
 from .session import Backend, BackendOptions
+from .targets import get_target
 
 BackendFactory = Callable[[Bundle, BackendOptions], Backend]
 
@@ -17,8 +19,35 @@ def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
     return OrtBackend(bundle, options)
 
 
-BACKENDS: dict[str, BackendFactory] = {"onnxruntime": _open_onnxruntime}
-"""Backends by name; a new one is one more line."""
+def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
+    from .trt_session import TrtBackend
+
+    return TrtBackend(bundle, options)
+
+
+BACKENDS: dict[str, BackendFactory] = {
+    "onnxruntime": _open_onnxruntime,
+    "tensorrt": _open_tensorrt,
+    "tensorrt_rtx": _open_tensorrt,
+}
+"""Backends by name, which is that of the runtime in a target's record."""
+
+PLAN_BACKENDS = frozenset({"tensorrt", "tensorrt_rtx"})
+"""Those that run a bundle's plans, on the GPU, where others run its ONNX files."""
+
+
+def choose_backend(bundle: Bundle) -> str:
+    """The runtime of the bundle's target where there are a GPU and plans for it; else ONNX's.
+
+    Raises:
+        BundleError: a build record cannot be read.
+        InputError: the manifest's target is not known.
+    """
+    from .trt_session import has_plans
+
+    target = get_target(bundle.manifest.target, bundle.manifest.jetpack)
+    runs_plans = target.has_engines and has_plans(bundle, probe_gpu())
+    return target.runtime if runs_plans else "onnxruntime"
 
 
 def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Backend:

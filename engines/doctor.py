@@ -14,8 +14,11 @@ from typing import Any
 
 from .backends import BACKENDS
 from .gpu_probe import GpuInfo, probe_gpu
-from .jetson import Jetson, read_jetson
+from .jetson import Jetson, read_jetson, read_memory
 from .targets import RUNTIME_TITLES, TARGETS, Target, get_target
+
+__all__ = ["Ability", "DoctorReport", "Machine", "TargetVerdict", "examine", "judge"]
+__all__ += ["find_version", "read_machine", "read_memory", "read_providers"]
 
 # Module -> the distributions that may bring it.
 _DISTRIBUTIONS = {
@@ -23,6 +26,7 @@ _DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    "cuda": ("cuda-bindings", "cuda-python"),
     "torch": ("torch",),
     "onnx": ("onnx",),
     "onnx_ir": ("onnx-ir",),
@@ -33,6 +37,7 @@ _DISTRIBUTIONS = {
 _COMPILE_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 _CPU_PROVIDER = "CPUExecutionProvider"
 _EXPORT_CURE = 'pip install "mvlm-export[export]"'
+_CUDA_CURE = 'pip install "cuda-python>=12.6,<13", or with CUDA 13 "cuda-python>=13"'
 _RTX_CURE = 'pip install "mvlm-export[rtx]"'
 _JETPACK_CURE = "install JetPack 6.1 or newer"
 _JETPACK_TENSORRT_CURE = (
@@ -56,10 +61,16 @@ class Ability:
 
 @dataclass(frozen=True)
 class TargetVerdict:
-    """What this machine can do for one target."""
+    """What this machine can do for one target.
+
+    Attributes:
+        series: of the target, whose members all have the same verdict; its name, where it
+            stands alone.
+    """
 
     target: str
     title: str
+    series: str
     compile: Ability
     build: Ability
     run: Ability
@@ -161,17 +172,6 @@ def read_providers() -> tuple[tuple[str, ...], str | None]:
     return tuple(onnxruntime.get_available_providers()), None
 
 
-def read_memory(root: Path) -> tuple[int | None, int | None]:
-    """(total, available) bytes from /proc/meminfo; Nones where there is none."""
-    try:
-        lines = (root / "proc" / "meminfo").read_text().splitlines()
-    except OSError:
-        return None, None
-    table = {line.split(":")[0]: line.split()[1] for line in lines if ":" in line}
-    total, available = table.get("MemTotal"), table.get("MemAvailable")
-    return (int(total) * 1024 if total else None, int(available) * 1024 if available else None)
-
-
 def judge(machine: Machine) -> tuple[TargetVerdict, ...]:
     """A verdict for each target; a Jetson's JetPack decides which TensorRT is meant."""
     jetpack = machine.jetson.jetpack if machine.jetson else None
@@ -183,6 +183,7 @@ def judge(machine: Machine) -> tuple[TargetVerdict, ...]:
             TargetVerdict(
                 name,
                 target.title,
+                target.series or name,
                 compile=_judge_compile(machine),
                 build=_judge_build(machine, target),
                 run=_judge_run(machine, target),
@@ -224,7 +225,7 @@ def _judge_device(machine: Machine, target: Target) -> Ability:
             "its engines are built on the device itself",
             "copy the bundle there and run: mvlm build BUNDLE",
         )
-    if jetson.target != target.name:
+    if jetson.series is None or jetson.series != target.series:
         cure = f"choose --target {jetson.target}" if jetson.target else ""
         return Ability(False, f"this is a {jetson.model}", cure)
     if jetson.l4t is not None and jetson.jetpack != target.jetpack:
@@ -258,15 +259,35 @@ def _major_minor(version: str) -> tuple[int, int]:
 
 
 def _judge_run(machine: Machine, target: Target) -> Ability:
-    """A bundle runs where a backend of ``BACKENDS`` can open its graphs."""
-    found = _judge_provider(machine, target.execution_provider or _CPU_PROVIDER)
-    if not found.ok or target.runtime in BACKENDS:
-        return found
+    """Plans run on the GPU they are for; graphs wherever ONNX Runtime has its provider."""
+    if not target.has_engines:
+        return _judge_provider(machine, target.execution_provider or _CPU_PROVIDER)
+    plans = _judge_plans(machine, target)
+    if plans.ok:
+        return plans
+    graphs = _judge_provider(machine, _CPU_PROVIDER)
+    if not graphs.ok:
+        reason = f"no plans: {plans.reason}; no graphs: {graphs.reason}"
+        return Ability(False, reason, graphs.cure)
     return Ability(
         True,
-        f"its graphs run through {found.reason} on the CPU; "
-        f"{RUNTIME_TITLES[target.runtime]} plans are not executed yet",
+        f"its graphs run through {graphs.reason} on the CPU; no "
+        f"{RUNTIME_TITLES[target.runtime]} plans: {plans.reason}",
     )
+
+
+def _judge_plans(machine: Machine, target: Target) -> Ability:
+    """Can plans be run here, once they are built?"""
+    if target.runtime not in BACKENDS:
+        title = RUNTIME_TITLES[target.runtime]
+        return Ability(False, f"{title} plans are not executed yet")
+    built = _judge_build(machine, target)
+    if not built.ok:
+        return built
+    gpu = _judge_gpu(machine, built.reason)
+    if gpu.ok and not machine.has("cuda"):
+        return Ability(False, "cuda-python not installed", _CUDA_CURE)
+    return gpu
 
 
 def _judge_gpu(machine: Machine, reason: str) -> Ability:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from .backends import open_backend
+from .backends import PLAN_BACKENDS, choose_backend, open_backend
 from .bundle import Bundle
 from .decoder_state import DecoderState, Digests, StatePool
 from .errors import InputError
@@ -75,7 +75,7 @@ class VLM:
     def load(
         cls,
         path: str | os.PathLike[str],
-        backend: str = "onnxruntime",
+        backend: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
         verify: bool = True,
@@ -87,11 +87,15 @@ class VLM:
 
         Args:
             path: the bundle's folder.
-            backend: a key of ``engines.backends.BACKENDS``.
+            backend: a key of ``engines.backends.BACKENDS``. None takes TensorRT where there
+                are a GPU and plans for it and neither ``provider`` nor ``threads`` is given,
+                which are ONNX Runtime's; else ONNX Runtime.
             provider: the device kind, in the backend's terms; ``cpu`` or ``cuda``. None takes
-                what the bundle's target runs on, the CPU for a target with engines.
+                what the bundle's target runs on: for a target with engines the GPU for its
+                plans, and the CPU for its ONNX files.
             threads: CPU threads for one operator; None means the backend's default.
-            verify: compare every file with its hash first (reads the whole bundle).
+            verify: compare every file with its hash first (reads the whole bundle); plans that
+                are run are compared in any case.
             use_prefix: begin with the bundle's prompt prefix, where it has one.
             reuse: keep image rows and cache rows from one question to the next; without, each
                 question costs what a first one does.
@@ -104,9 +108,12 @@ class VLM:
         """
         started = time.perf_counter()
         bundle = Bundle.load(path, verify)
+        target = get_target(bundle.manifest.target, bundle.manifest.jetpack)
+        if backend is None:
+            for_onnx = provider is not None or threads is not None
+            backend = "onnxruntime" if for_onnx else choose_backend(bundle)
         if provider is None:
-            manifest = bundle.manifest
-            provider = get_target(manifest.target, manifest.jetpack).provider
+            provider = "cuda" if backend in PLAN_BACKENDS else target.provider
         options = BackendOptions(provider, threads)
         opened = open_backend(bundle, backend, options)
         return cls(bundle, opened, started, use_prefix=use_prefix, reuse=reuse)

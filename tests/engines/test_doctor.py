@@ -67,12 +67,15 @@ def write_jetson(root: Path, model: str | None, release: str | None) -> Path:
 )
 def test_recorded_devices(tmp_path, model, release, expected):
     jetson = read_jetson(write_jetson(tmp_path, model, release))
-    assert jetson == Jetson(model, *expected)
+    assert jetson is not None
+    assert (jetson.model, jetson.l4t, jetson.jetpack, jetson.target) == (model, *expected)
 
 
 def test_release_file_alone_is_a_jetson_of_unknown_model(tmp_path):
     jetson = read_jetson(write_jetson(tmp_path, None, JETPACK_6))
-    assert jetson == Jetson("NVIDIA Jetson (unknown model)", "36.4.3", 6, None)
+    assert jetson is not None
+    assert jetson.model == "NVIDIA Jetson (unknown model)"
+    assert (jetson.l4t, jetson.jetpack, jetson.target) == ("36.4.3", 6, None)
 
 
 @pytest.mark.parametrize("model", [None, "Raspberry Pi 5 Model B Rev 1.0"])
@@ -83,14 +86,17 @@ def test_other_machines_are_no_jetson(tmp_path, model):
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        ("NVIDIA Jetson AGX Orin Developer Kit", ["orin"]),
-        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", ["orin-nano"]),
+        ("NVIDIA Jetson AGX Orin Developer Kit", ["orin", "orin-32gb"]),
+        (
+            "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
+            ["orin-nano", "orin-nano-8gb", "orin-nano-4gb-super", "orin-nano-4gb"],
+        ),
         ("NVIDIA Jetson AGX Thor Developer Kit", []),
         ("Raspberry Pi 5 Model B Rev 1.0", []),
         (None, []),
     ],
 )
-def test_this_device_is_one_target_or_none(tmp_path, model, names):
+def test_this_device_is_a_series_or_none(tmp_path, model, names):
     write_jetson(tmp_path, model, None)
     assert [n for n in TARGETS if this_device_is(get_target(n), tmp_path)] == names
 
@@ -149,7 +155,9 @@ PC = Machine(
 DEVICE = replace(
     PC,
     architecture="aarch64",
-    jetson=Jetson("NVIDIA Jetson AGX Orin Developer Kit", "36.4.3", 6, "orin"),
+    jetson=Jetson(
+        "NVIDIA Jetson AGX Orin Developer Kit", "36.4.3", 6, "orin", series="agx-orin"
+    ),
     gpu=ORIN_GPU,
     packages={"numpy": "1.26", "tensorrt": "10.3.0"},
     providers=(),
@@ -172,7 +180,9 @@ def test_every_target_gets_a_verdict_and_every_no_a_reason():
 
 def test_pc_compiles_all_builds_rtx_and_runs_all_but_cuda():
     assert all(v.compile.ok for v in judge(PC))
-    assert {v.target for v in judge(PC) if v.build.ok} == {"rtx", "cpu", "cuda"}
+    builds = {v.target for v in judge(PC) if v.build.ok}
+    assert builds == {name for name, target in TARGETS.items() if target.builds_on_host}
+    assert {"rtx", "rtx-sm89", "cpu", "cuda"} <= builds
     assert {v.target for v in judge(PC) if not v.run.ok} == {"cuda"}
     orin = verdict(PC, "orin").build
     assert "on the device itself" in orin.reason
@@ -180,27 +190,47 @@ def test_pc_compiles_all_builds_rtx_and_runs_all_but_cuda():
     assert "mvlm-export[gpu]" in verdict(PC, "cuda").run.cure
 
 
-@pytest.mark.parametrize(
-    ("name", "plans"), [("orin", "TensorRT plans"), ("rtx", "TensorRT-RTX plans")]
+WITH_GPU = replace(
+    PC,
+    gpu=GpuInfo("GeForce RTX 4070", (8, 9), None),
+    packages={**PC.packages, "cuda": "13.0.1"},
 )
-def test_no_plan_is_said_to_run(name, plans):
-    for machine in (PC, replace(DEVICE, packages=PC.packages, providers=PC.providers)):
-        run = verdict(machine, name).run
-        assert run.ok
-        assert "onnxruntime 1.31.1 on the CPU" in run.reason
-        assert f"{plans} are not executed yet" in run.reason
+READY = replace(DEVICE, packages={**DEVICE.packages, "cuda": "12.6.2"})
 
 
-def test_a_backend_for_the_plans_changes_the_claim(monkeypatch):
-    monkeypatch.setitem(doctor.BACKENDS, "tensorrt_rtx", None)
-    assert "not executed" not in verdict(PC, "rtx").run.reason
-    assert "not executed" in verdict(PC, "orin").run.reason
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("orin", "no TensorRT plans: its engines are built on the device itself"),
+        ("rtx", "no TensorRT-RTX plans: no NVIDIA driver"),
+    ],
+)
+def test_without_the_gpu_graphs_run_on_the_cpu(name, why):
+    run = verdict(PC, name).run
+    assert run.ok
+    assert run.reason == f"its graphs run through onnxruntime 1.31.1 on the CPU; {why}"
+
+
+def test_plans_run_where_they_are_built_with_cuda_python():
+    assert verdict(READY, "orin").run.reason == "TensorRT 10.3.0 of JetPack 6, on Orin"
+    assert "on GeForce RTX 4070" in verdict(WITH_GPU, "rtx").run.reason
+    assert not verdict(READY, "orin-nx").run.ok
+    for machine, name in ((READY, "orin"), (WITH_GPU, "rtx")):
+        packages = {**machine.packages, "cuda": None, "onnxruntime": "1.31.1"}
+        lacking = replace(machine, packages=packages, providers=PC.providers)
+        assert "plans: cuda-python not installed" in verdict(lacking, name).run.reason
+
+
+def test_a_runtime_without_a_backend_runs_no_plans(monkeypatch):
+    monkeypatch.delitem(doctor.BACKENDS, "tensorrt_rtx", raising=False)
+    assert "plans are not executed yet" in verdict(WITH_GPU, "rtx").run.reason
 
 
 @pytest.mark.parametrize("name", ["orin", "rtx", "cpu"])
-def test_without_onnxruntime_nothing_runs(name):
+def test_with_neither_plans_nor_onnxruntime_nothing_runs(name):
     run = verdict(DEVICE, name).run
-    assert (run.ok, run.reason) == (False, "onnxruntime not installed")
+    assert not run.ok
+    assert run.reason.endswith("onnxruntime not installed")
     assert "mvlm-export[cpu]" in run.cure
 
 
@@ -228,13 +258,14 @@ def test_compiling_without_onnxruntime_leaves_parity_out(changes, reason):
     assert "parity" not in verdict(PC, "rtx").compile.reason
 
 
-def test_device_builds_its_own_target_alone():
+def test_device_builds_bundles_of_its_series_alone():
     orin = verdict(DEVICE, "orin")
     assert orin.build.ok
     assert orin.build.reason == "TensorRT 10.3.0 of JetPack 6"
     assert not orin.compile.ok
     assert "mvlm-export[export]" in orin.compile.cure
     assert "torch" in orin.compile.reason
+    assert verdict(DEVICE, "orin-32gb").build == orin.build
     other = verdict(DEVICE, "orin-nx").build
     assert not other.ok
     assert other.cure == "choose --target orin"
@@ -274,6 +305,15 @@ def test_in_a_container_without_tensorrt_no_jetpack_is_denied():
     jetson = replace(DEVICE.jetson, l4t=None, jetpack=None)
     build = verdict(replace(DEVICE, jetson=jetson, packages={}), "orin").build
     assert (build.ok, build.reason) == (False, "Python does not see TensorRT")
+
+
+def test_targets_of_a_series_have_one_verdict():
+    """What the doctor's table rests on, which has a row for each series."""
+    for machine in (PC, DEVICE):
+        found = {}
+        for entry in judge(machine):
+            words = (entry.compile, entry.build, entry.run)
+            assert found.setdefault(entry.series, words) == words
 
 
 def test_jetpack_7_is_named_with_its_tensorrt():
