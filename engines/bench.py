@@ -203,8 +203,8 @@ def bytes_per_token(bundle: Bundle, length: float) -> int | None:
         None where the manifest does not say what the decoder's weights take.
     """
     manifest = bundle.manifest
-    estimate = manifest.checks.get("estimate", {})
-    if "read_per_token" not in estimate or "cache" not in estimate:
+    weights = manifest.checks.get("estimate", {}).get("read_weights")
+    if weights is None:
         return None
     model = manifest.model
     row = CacheShape(
@@ -214,6 +214,4 @@ def bytes_per_token(bundle: Bundle, length: float) -> int | None:
         1,
         np.dtype(manifest.cache_dtype).name,
     ).total_bytes
-    # The estimate counts the cache half full.
-    weights = int(estimate["read_per_token"]) - int(estimate["cache"]) // 2
-    return weights + int(row * length)
+    return int(weights) + int(row * length)

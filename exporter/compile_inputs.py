@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mvlm_export.calibration.data import Sample, choose_samples, read_samples
-from mvlm_export.engines.errors import CheckpointError, InputError
+from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.manifest import ModelSpec
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 from mvlm_export.passes.pipeline import PipelineOptions, require_enabled
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .parity import Listener
-
-QUESTION_ROOM = 64
-"""Positions that a bundle must leave beside one image: a short question and an answer."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class _Reader:
 
     def read(self, output: Path) -> CompileInputs:
         folder = self.resolved.folder
-        config = self._limited(read_config(folder))
+        config = read_config(folder).limited(self.given.max_length)
         checkpoint = Checkpoint.open(folder)
         tokenizer = LlamaTokenizer.from_folder(folder)
         checked = preflight(
@@ -145,23 +142,6 @@ class _Reader:
             calibration,
             checkpoint_source(checkpoint),
         )
-
-    def _limited(self, config: ModelConfig) -> ModelConfig:
-        limit, most = self.given.max_length, config.text.max_position_embeddings
-        least = config.image_tokens + QUESTION_ROOM
-        if most < least:
-            raise CheckpointError(
-                f"The model has {most} positions (max_position_embeddings), but an image and "
-                f"a short question take {least}. Correct config.json."
-            )
-        if limit is None:
-            return config
-        if not least <= limit <= most:
-            raise InputError(
-                f"--max-length {limit} does not fit: this model takes {least} (an image and a "
-                f"short question) to {most} positions (max_position_embeddings)."
-            )
-        return replace(config, text=replace(config.text, max_position_embeddings=limit))
 
     def _read_samples(self, model: ModelSpec, tokenizer: LlamaTokenizer) -> list[Sample]:
         """The samples, each made ready once so that one that cannot be used is named now."""

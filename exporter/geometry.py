@@ -7,9 +7,12 @@ A config built by hand is held to the same rules as one read from a checkpoint; 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mvlm_export.engines.errors import CheckpointError
+from mvlm_export.engines.errors import CheckpointError, InputError
+
+QUESTION_ROOM = 64
+"""Positions that must be left beside one image: a short question and an answer."""
 
 PROJECTORS = (
     "ldpnetv2",
@@ -259,3 +262,30 @@ class ModelConfig:
         grid = self.vision.grid
         side = (grid + 1) // 2 if self.projector_type == "ldpnet" else grid // 2
         return side * side
+
+    @property
+    def shortest_length(self) -> int:
+        """Fewest positions that a bundle may have."""
+        return self.image_tokens + QUESTION_ROOM
+
+    def limited(self, max_length: int | None) -> ModelConfig:
+        """The same with sequences of ``max_length`` positions at most; None changes nothing.
+
+        Raises:
+            CheckpointError: the model itself has too few.
+            InputError: it is more than the model has, or too short for an image.
+        """
+        most, least = self.text.max_position_embeddings, self.shortest_length
+        if most < least:
+            raise CheckpointError(
+                f"The model has {most} positions (max_position_embeddings), but an image and "
+                f"a short question take {least}. Correct config.json."
+            )
+        if max_length is None:
+            return self
+        if not least <= max_length <= most:
+            raise InputError(
+                f"--max-length {max_length} does not fit: this model takes {least} (an image "
+                f"and a short question) to {most} positions (max_position_embeddings)."
+            )
+        return replace(self, text=replace(self.text, max_position_embeddings=max_length))

@@ -11,6 +11,7 @@ from .build_command import build
 from .chat_command import chat
 from .doctor_command import doctor
 from .errors import entry_point
+from .estimate_command import estimate
 from .export_command import export
 from .inspect_command import inspect
 from .parity_command import parity
@@ -38,7 +39,18 @@ def mvlm() -> None:
     """
 
 
-for command in (export, build, run, chat, bench, parity, inspect, sensitivity, doctor):
+for command in (
+    export,
+    build,
+    run,
+    chat,
+    bench,
+    parity,
+    inspect,
+    sensitivity,
+    estimate,
+    doctor,
+):
     mvlm.add_command(command)
 
 main = entry_point(mvlm, "mvlm")

@@ -65,14 +65,14 @@ def test_bytes_a_token_are_those_of_the_graph(compiled):
             size *= axis
         weights += 0 if tensor.name == "model.embed_tokens.weight" else size
     row = 2 * spec.num_layers * spec.num_key_value_heads * spec.head_dim * 4
-    assert bytes_per_token(bundle, 0) == pytest.approx(weights, abs=row)
+    assert bytes_per_token(bundle, 0) == weights
     assert bytes_per_token(bundle, 10) - bytes_per_token(bundle, 0) == 10 * row
 
 
 def test_the_tables(compiled, samples, capsys):
     options = ["--image", samples / "0.png", *FEW]
     assert type_mvlm("bench", compiled.bundle.path, *options) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     for text in ("time to first token", "decode", "all in", "Decode reads", "12 new ones"):
         assert text in printed
 
