@@ -24,7 +24,13 @@ FOLDERS = {
 """A folder and the folders it may import."""
 
 DEVICE = {"numpy", "PIL", "sentencepiece", "click", "rich"}
-LAZY_DEVICE = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+LAZY_DEVICE = {
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "triton_python_backend_utils",
+}
 GRAPHS = {
     "numpy",
     "ml_dtypes",

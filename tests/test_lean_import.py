@@ -7,13 +7,24 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "onnx", "onnx_ir", "tensorrt", "tensorrt_rtx", "onnxruntime", "transformers")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "onnxruntime",
+    "transformers",
+)
 MODULES = (
     "mvlm_export.engines",
     "mvlm_export.engines.vlm",
     "mvlm_export.engines.trt_builder",
     "mvlm_export.engines.build",
+    "mvlm_export.engines.triton_front",
     "mvlm_export.exporter.cli.main",
+    "mvlm_export.exporter.triton_repository",
 )
 
 

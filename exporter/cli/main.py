@@ -17,6 +17,7 @@ from .inspect_command import inspect
 from .parity_command import parity
 from .run_command import run
 from .sensitivity_command import sensitivity
+from .triton_command import triton
 
 
 def _version() -> str:
@@ -49,6 +50,7 @@ for command in (
     inspect,
     sensitivity,
     estimate,
+    triton,
     doctor,
 ):
     mvlm.add_command(command)
