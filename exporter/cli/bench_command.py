@@ -10,7 +10,7 @@ import click
 
 from ..settings import ASSETS
 from .console import StageProgress, human_bytes, print_json, print_line, print_table
-from .sampling_options import loading_options
+from .sampling_options import backend_option, loading_options
 
 if TYPE_CHECKING:
     from mvlm_export.engines.bench import BenchReport, Spread
@@ -51,6 +51,7 @@ def default_image() -> Path:
 @click.option("--runs", default=5, show_default=True, help="Runs that are measured.")
 @click.option("--warmup", default=1, show_default=True, help="Runs before them.")
 @loading_options
+@backend_option
 @click.option(
     "--output",
     "-o",
@@ -67,6 +68,7 @@ def bench(
     warmup: int,
     threads: int | None,
     provider: str | None,
+    backend: str | None,
     verify: bool,
     use_prefix: bool,
     output: Path | None,
@@ -81,6 +83,7 @@ def bench(
         progress.stage("Opening the bundle")
         vlm = VLM.load(
             bundle,
+            backend=backend,
             provider=provider,
             threads=threads,
             verify=verify,

@@ -11,7 +11,7 @@ import click
 from mvlm_export.engines.errors import MvlmError
 from mvlm_export.engines.load_image import load_image
 
-from .sampling_options import loading_options, sampling_options, timing_line
+from .sampling_options import backend_option, loading_options, sampling_options, timing_line
 
 if TYPE_CHECKING:
     from mvlm_export.engines import ChatSession, SamplingParams
@@ -36,11 +36,13 @@ HELP = "/image FILE adds a picture to the next question, /reset forgets all, /qu
 )
 @sampling_options
 @loading_options
+@backend_option
 def chat(
     bundle: Path,
     images: tuple[Path, ...],
     threads: int | None,
     provider: str | None,
+    backend: str | None,
     verify: bool,
     use_prefix: bool,
     **sampling: Any,
@@ -52,7 +54,12 @@ def chat(
     for path in images:
         load_image(path)
     vlm = VLM.load(
-        bundle, provider=provider, threads=threads, verify=verify, use_prefix=use_prefix
+        bundle,
+        backend=backend,
+        provider=provider,
+        threads=threads,
+        verify=verify,
+        use_prefix=use_prefix,
     )
     click.echo(HELP, err=True)
     talk(vlm.chat(), list(images), params)

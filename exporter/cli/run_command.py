@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .console import print_json, print_line
-from .sampling_options import loading_options, sampling_options, timing_line
+from .sampling_options import backend_option, loading_options, sampling_options, timing_line
 
 EXAMPLES = """\b
 Examples:
@@ -31,6 +31,7 @@ Examples:
 @click.option("--prompt", required=True, help="The question.")
 @sampling_options
 @loading_options
+@backend_option
 @click.option(
     "--stream/--no-stream",
     default=True,
@@ -44,6 +45,7 @@ def run(
     prompt: str,
     threads: int | None,
     provider: str | None,
+    backend: str | None,
     verify: bool,
     use_prefix: bool,
     stream: bool,
@@ -55,7 +57,12 @@ def run(
 
     params = SamplingParams(**sampling)
     vlm = VLM.load(
-        bundle, provider=provider, threads=threads, verify=verify, use_prefix=use_prefix
+        bundle,
+        backend=backend,
+        provider=provider,
+        threads=threads,
+        verify=verify,
+        use_prefix=use_prefix,
     )
     running = vlm.stream(list(images), prompt, params)
     for delta in running:

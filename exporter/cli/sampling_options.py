@@ -51,6 +51,17 @@ _LOADING = (
 )
 
 
+BACKEND_NAMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKEND_NAMES),
+    help="What runs the graphs. Default: TensorRT where there are a GPU and plans for it and "
+    "neither --provider nor --threads is given; else ONNX Runtime.",
+)
+"""``backend`` of ``VLM.load``."""
+
+
 def sampling_options(command: Command) -> Command:
     """Add the fields of ``SamplingParams`` as options."""
     for option in reversed(_SAMPLING):

@@ -5,12 +5,14 @@ import json
 import onnx
 import pytest
 
+from mvlm_export.engines.backends import BACKENDS
 from mvlm_export.engines.bench import Spread, bench, bytes_per_token
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError, InputError
 from mvlm_export.engines.vlm import VLM
 from mvlm_export.exporter.cli.errors import run_command
 from mvlm_export.exporter.cli.main import mvlm
+from mvlm_export.exporter.cli.sampling_options import BACKEND_NAMES
 
 FEW = ("--tokens", "12", "--runs", "3", "--threads", "1")
 
@@ -89,6 +91,19 @@ def test_the_tables(compiled, samples, capsys):
 def test_what_cannot_be_measured(compiled, capsys, options, words):
     assert type_mvlm("bench", compiled.bundle.path, *options) == 2
     assert words in capsys.readouterr().err
+
+
+def test_backends_by_name(compiled, samples, capsys):
+    """Those that exist can be asked for; TensorRT has nothing to run of this bundle."""
+    assert set(BACKEND_NAMES) == set(BACKENDS)
+    options = ["--image", samples / "0.png", *FEW, "--json"]
+    path = compiled.bundle.path
+    assert type_mvlm("bench", path, *options, "--backend", "onnxruntime") == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 12
+    for command in ("bench", "run", "chat"):
+        asked = ["--prompt", "what?"] if command == "run" else []
+        assert type_mvlm(command, path, *asked, "--backend", "tensorrt") == 2
+        assert "has no TensorRT plans" in capsys.readouterr().err
 
 
 def test_runs_that_differ_are_not_averaged(compiled, samples):
