@@ -30,6 +30,7 @@ from .targets import Target
 
 Verdict = Literal["fits", "runs only", "too small", "unknown"]
 
+BUILDER = "builder"
 BUILD_BASE = 400_000_000
 """Bytes that a builder takes whatever the graph."""
 BUILD_FACTOR = 2.1
@@ -163,6 +164,11 @@ class MemoryPlan:
         return sum(part.bytes for part in self.build)
 
     @property
+    def builder_bytes(self) -> int:
+        """The host's part of building, which a build without a GPU takes too."""
+        return sum(part.bytes for part in self.build if part.name == BUILDER)
+
+    @property
     def available(self) -> int | None:
         """Bytes of the module that the system leaves; None if that varies."""
         return None if self.module is None else self.module - sum(p.bytes for p in self.system)
@@ -246,7 +252,7 @@ def _build(graphs: Sequence[GraphLoad], target: Target) -> tuple[Part, ...]:
     formula = f"0.4 GB + {BUILD_FACTOR} x {largest.weights / 1e9:.2f} GB of the {largest.name}"
     if largest.four_bit:
         formula += f" + {largest.four_bit / 1e9:.2f} G 4-bit weights"
-    parts = [Part("builder", largest.build_host(), formula)]
+    parts = [Part(BUILDER, largest.build_host(), formula)]
     if target.times_kernels:
         copy = "the weights again, on the GPU, to time kernels; assumed"
         parts.append(Part("timing", largest.weights, copy))

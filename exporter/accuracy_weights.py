@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import BundleError
@@ -39,7 +40,7 @@ def weight_bytes(path: Path) -> dict[str, int]:
     """
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # protobuf's DecodeError derives from Exception alone
+    except (OSError, DecodeError) as error:
         raise BundleError(
             f"{path} is no ONNX graph ({error}). Compile the bundle again."
         ) from error

@@ -34,9 +34,6 @@ from .settings import CompileSettings, ResolvedSettings, resolve_settings
 if TYPE_CHECKING:
     from .parity import Listener, ParityReport
 
-STAND_IN_MEMORY = 2.5
-"""Memory of a TensorRT-RTX build as a multiple of the weights (2.26 was measured)."""
-
 
 @dataclass(frozen=True)
 class CompileResult:
@@ -229,11 +226,11 @@ class Compiler:
         kind: WeightKind,
     ) -> dict[str, Any]:
         _, available = read_memory(Path("/"))
-        needed = STAND_IN_MEMORY * estimate.weights
+        needed = estimate.plan.builder_bytes
         if available is not None and needed > available:
             return {
-                "skipped": f"it needs about {needed / 1e9:.0f} GB of memory, of which "
-                f"{available / 1e9:.0f} GB are free"
+                "skipped": f"it needs about {needed / 1e9:.1f} GB of memory, of which "
+                f"{available / 1e9:.1f} GB are free"
             }
         self.listener.stage("Building with TensorRT-RTX as a stand-in")
         try:
