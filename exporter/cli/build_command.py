@@ -43,12 +43,6 @@ _MIB = 1 << 20
     help="Limit of TensorRT's scratch memory in MiB. Default: by the module's memory.",
 )
 @click.option(
-    "--workspace",
-    type=click.FloatRange(min=0, min_open=True),
-    hidden=True,
-    help="The same in GiB; older name.",
-)
-@click.option(
     "--optimization-level",
     type=click.IntRange(0, 5),
     help="How long TensorRT searches for kernels. Default: TensorRT's own, 3.",
@@ -64,7 +58,6 @@ _MIB = 1 << 20
 def build(
     bundle: Path,
     workspace_mb: int | None,
-    workspace: float | None,
     optimization_level: int | None,
     force: bool,
     as_json: bool,
@@ -74,7 +67,9 @@ def build(
 
     loaded = Bundle.load(bundle)
     manifest = loaded.manifest
-    options = BuildOptions(_workspace_bytes(workspace_mb, workspace), optimization_level)
+    options = BuildOptions(
+        None if workspace_mb is None else workspace_mb * _MIB, optimization_level
+    )
     target = get_target(manifest.target, manifest.jetpack)
     limit = options.for_target(target, read_jetson()).workspace_bytes
     settings = {
@@ -103,14 +98,6 @@ def build(
         print_json({**record, "before": plans, "built": sorted(set(states) - keep)})
         return
     _print_record(loaded, record, keep)
-
-
-def _workspace_bytes(mebibytes: int | None, gibibytes: float | None) -> int | None:
-    if mebibytes is not None and gibibytes is not None:
-        raise click.UsageError("Give --workspace-mb or --workspace, not both.")
-    if mebibytes is not None:
-        return mebibytes * _MIB
-    return None if gibibytes is None else int(gibibytes * 1024 * _MIB)
 
 
 def _print_states(states: Mapping[str, PlanState], keep: set[str]) -> None:

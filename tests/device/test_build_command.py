@@ -170,7 +170,6 @@ def test_a_killed_worker_is_one_message(environment, bundle):
     [
         (("--workspace-mb", "0"), "0 is not in the range"),
         (("--optimization-level", "6"), "6 is not in the range"),
-        (("--workspace-mb", "1", "--workspace", "1"), "not both"),
     ],
 )
 def test_options_that_cannot_be(environment, bundle, options, words):

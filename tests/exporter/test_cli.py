@@ -287,7 +287,7 @@ def test_build_mends_a_damaged_plan(checkpoint, tmp_path, capsys):
     (plan,) = output.glob("engines/*/projector.plan")
     truncate(plan)
     assert type_mvlm("run", output, "--prompt", "what?", "--max-tokens", 2) == 0
-    assert type_mvlm("build", output, "--workspace", "0.5", "--json") == 0
+    assert type_mvlm("build", output, "--workspace-mb", "512", "--json") == 0
     Bundle.load(output).verify_engines()
 
 
