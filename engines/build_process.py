@@ -204,9 +204,12 @@ def _start(printed: IO[bytes]) -> subprocess.Popen[bytes]:
 
 def _send(child: subprocess.Popen[bytes], request: Request) -> None:
     assert child.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended already: its return code says why
+    try:
         child.stdin.write(pickle.dumps(request))
         child.stdin.flush()
+    except BrokenPipeError:  # it has ended already: its return code says why
+        with suppress(BrokenPipeError):  # closing tries to write what is left once more
+            child.stdin.close()
 
 
 def _listen(
