@@ -30,6 +30,7 @@ def measure_accuracy(
     listener: Listener | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     threads: int | None = None,
+    backend: str | None = None,
 ) -> AccuracyReport:
     """Answer the samples on both sides, greedily and teacher-forced.
 
@@ -41,15 +42,20 @@ def measure_accuracy(
         samples: with answers, where they have some.
         listener: told what goes on.
         max_tokens: longest greedy answer.
-        threads: of ONNX Runtime and of PyTorch; None means their defaults.
+        threads: of PyTorch, and of ONNX Runtime where that runs the graphs; None means their
+            defaults.
+        backend: what runs the bundle, as for :class:`.parity.ParityCheck`.
 
     Raises:
-        InputError: a sample or ``max_tokens`` cannot be used; no model has been loaded then.
+        InputError: a sample, ``max_tokens`` or the backend cannot be used; no model has been
+            loaded then.
         EngineError: a graph cannot be loaded; PyTorch's results cannot be kept on disk.
-        MissingPackageError: ONNX Runtime is not installed.
+        MissingPackageError: the backend's package is not installed.
     """
     listener = listener or NoListener()
-    given = Comparison.prepare(bundle, reference, samples, listener, max_tokens, threads)
+    given = Comparison.prepare(
+        bundle, reference, samples, listener, max_tokens, threads, backend
+    )
     with torch_threads(threads), open_spool(bundle.path) as spool:
         try:
             side = TorchSide(given, spool)

@@ -282,6 +282,7 @@ class Compiler:
             inputs.samples,
             self.listener,
             threads=self.given.threads,
+            backend="onnxruntime",
         )
         parity = check.run()
         report["parity"] = parity.to_json()

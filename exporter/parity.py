@@ -1,5 +1,6 @@
 """Parity: the compiled graphs against PyTorch in float32, graph by graph and end to end.
 
+A backend of the runtime's runs the graphs: ONNX Runtime, or TensorRT with the bundle's plans.
 The encoder is compared on pictures, the projector on PyTorch's own features, the decoder
 teacher-forced on PyTorch's greedy answer, on logits and on new cache rows, prefill and
 one-token steps alike. End to end, the runtime itself answers the same questions, and is
@@ -22,7 +23,7 @@ from .parity_cases import Case
 from .parity_decoder import TokenFigures, forced_steps, measure
 from .parity_report import EndToEndParity, GraphParity, ParityReport
 from .parity_runtime import RuntimeSide
-from .parity_session import DecoderRunner, GraphRunner
+from .parity_session import ForcedDecoder
 from .parity_setup import DEFAULT_MAX_TOKENS, Comparison, Listener
 from .parity_spool import Spool, open_spool
 from .parity_torch import TorchSide, image_rows
@@ -44,11 +45,16 @@ class ParityCheck:
 
     Args:
         max_tokens: longest answer; shorter where a prompt leaves less room in the model.
-        threads: of ONNX Runtime and of PyTorch, during the check; None means their defaults.
+        threads: of PyTorch during the check, and of ONNX Runtime where that runs the graphs;
+            None means their defaults.
+        backend: what runs the bundle, of ``engines.backends.BACKENDS``; None takes TensorRT
+            where there are a GPU and plans for it, else ONNX Runtime.
 
     Raises:
-        InputError: a sample or ``max_tokens`` cannot be used; no model has been loaded then.
-        MissingPackageError: ONNX Runtime is not installed.
+        InputError: a sample, ``max_tokens`` or the backend cannot be used; no model has been
+            loaded then.
+        MissingPackageError: the backend's package is not installed.
+        EngineError: the backend cannot run here.
     """
 
     def __init__(
@@ -59,9 +65,10 @@ class ParityCheck:
         listener: Listener,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         threads: int | None = None,
+        backend: str | None = None,
     ) -> None:
         self._given = given = Comparison.prepare(
-            bundle, reference, samples, listener, max_tokens, threads
+            bundle, reference, samples, listener, max_tokens, threads, backend
         )
         self.bundle, self.reference, self.threads = bundle, reference, threads
         self.cases, self.model = given.cases, given.model
@@ -85,7 +92,8 @@ class ParityCheck:
             decoder = self._compare_decoder(answers, spool)
             end_to_end, scores = RuntimeSide(self._given, spool).run_answers(answers)
         accuracy = report_accuracy(self.bundle, end_to_end, scores)
-        return ParityReport([vision, projector, decoder], end_to_end, accuracy)
+        graphs = [vision, projector, decoder]
+        return ParityReport(self._given.backend_name, graphs, end_to_end, accuracy)
 
     def _compare_images(
         self, name: str, inputs: str, outputs: str, spool: Spool
@@ -93,12 +101,12 @@ class ParityCheck:
         parity = GraphParity(name, precision_of(self.bundle.manifest, name))
         cases = self._given.each_case(f"Comparing {name} with PyTorch", name)
         config = self._given.image_config
-        with GraphRunner(self.bundle, name, self.threads) as runner:
+        with self._given.graphs.open_graph(name) as graph:
             for case in cases:
                 values = spool.read(inputs, case.index)
                 if name == "vision_encoder":
-                    values = encoder_input(values, config, runner.input_dtype)
-                found = runner.run(values)[0]
+                    values = encoder_input(values, config, self.bundle.manifest.pixel_dtype)
+                found = graph.run(values)
                 wanted = spool.read(outputs, case.index)
                 parity.values = parity.values.worst(measure(name, found, wanted))
         parity.check("outputs", parity.values, TOLERANCES[parity.precision])
@@ -110,9 +118,9 @@ class ParityCheck:
         figures = TokenFigures(bound.tie, answer_rows=not bound.judges_each)
         title = "Comparing decoder with PyTorch, teacher-forced"
         cases = self._given.each_case(title, "decoder")
-        with DecoderRunner(self.bundle, self.threads) as runner:
+        with self._given.graphs.open_decoder() as decoder:
             for case in cases:
-                self._force_case(runner, case, answers[case.index], figures, spool)
+                self._force_case(decoder, case, answers[case.index], figures, spool)
         parity.values, parity.cache = figures.logits, figures.cache
         for what, values in (("logits", parity.values), ("cache rows", parity.cache)):
             if bound.judges_each:
@@ -124,12 +132,12 @@ class ParityCheck:
 
     def _force_case(
         self,
-        runner: DecoderRunner,
+        decoder: ForcedDecoder,
         case: Case,
         answer: list[int],
         figures: TokenFigures,
         spool: Spool,
     ) -> None:
         run, embeds = spool.read_run(case.index), image_rows(spool, case)
-        for found, wanted in forced_steps(runner, case.prompt, embeds, answer, run):
+        for found, wanted in forced_steps(decoder, case.prompt, embeds, answer, run):
             figures.add(found, wanted)

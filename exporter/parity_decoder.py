@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mvlm_export.engines.errors import EngineError
 
 from .parity_metrics import Distance, distance, kl_divergence, top1_agreement
-from .parity_session import DecoderRunner
+from .parity_session import ForcedDecoder
 from .reference import ForcedRun, Step
 
 Array = npt.NDArray[Any]
@@ -88,7 +88,7 @@ class TokenFigures:
 
 
 def forced_steps(
-    runner: DecoderRunner,
+    decoder: ForcedDecoder,
     prompt: Array,
     embeds: Array,
     answer: list[int],
@@ -101,11 +101,16 @@ def forced_steps(
     Raises:
         EngineError: the graph failed, or takes or gives other tensors.
     """
-    past = [row[:0] for row in run.prefill.rows]
+    decoder.begin(embeds)
     calls = [prompt, *(np.array([token], np.int32) for token in answer[: len(run.decode)])]
     for ids, expected in zip(calls, [run.prefill, *run.decode], strict=True):
-        logits, rows = runner.step(ids, embeds, past)
-        past = [np.concatenate([old, new]) for old, new in zip(past, rows, strict=True)]
-        if len(logits) == 1:  # a graph that gives the last row alone
+        found = decoder.step(ids)
+        if len(found.rows) != len(expected.rows):
+            raise EngineError(
+                f"The graph 'decoder' has {len(found.rows)} cache tensors where PyTorch has "
+                f"{len(expected.rows)}: they are not of one model. Compile the bundle again, "
+                "or name the checkpoint it was made from."
+            )
+        if len(found.logits) == 1:  # what runs it gives the last row alone
             expected = replace(expected, logits=expected.logits[-1:])
-        yield Step(logits, rows), expected
+        yield found, expected

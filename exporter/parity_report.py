@@ -103,8 +103,13 @@ class EndToEndParity:
 
 @dataclass
 class ParityReport:
-    """All of it; ``passed`` when no bound was missed."""
+    """All of it; ``passed`` when no bound was missed.
 
+    Attributes:
+        backend: what ran the bundle, of ``engines.backends.BACKENDS``.
+    """
+
+    backend: str
     graphs: list[GraphParity]
     end_to_end: EndToEndParity
     accuracy: AccuracyReport
@@ -127,6 +132,7 @@ class ParityReport:
             {
                 "passed": self.passed,
                 "failures": self.failures,
+                "backend": self.backend,
                 "graphs": [asdict(graph) for graph in self.graphs],
                 "end_to_end": asdict(self.end_to_end),
             }

@@ -45,8 +45,7 @@ class RuntimeSide:
         """
         given = self._given
         cases = given.each_case("Answering with the runtime", "answers")
-        path, threads = given.bundle.path, given.threads
-        vlm = VLM.load(path, provider="cpu", threads=threads, verify=False)
+        vlm = VLM(given.bundle, given.backend)
         state = vlm.new_state()
         parity, scores = EndToEndParity(len(given.cases)), ForcedScores(self._bound.tie)
         for case in cases:

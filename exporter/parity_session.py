@@ -1,53 +1,130 @@
-"""One graph of a bundle in a plain ONNX Runtime session that gives every output back.
+"""How parity runs one graph of a bundle at a time, whatever runs it.
 
-The runtime's own sessions give the last row of logits and keep the cache to themselves; parity
-looks at all rows of both.
+Two kinds implement :class:`ParityGraphs`. :class:`.parity_ort.OrtGraphs` asks ONNX Runtime for
+every row of logits. :class:`SessionGraphs` has a backend's own sessions, those that answer
+users: the decoder appends to its cache, gives the logits of the last row, and the new rows are
+read back from where it left them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from mvlm_export.engines.backends import PLAN_BACKENDS, open_backend
 from mvlm_export.engines.bundle import Bundle
-from mvlm_export.engines.errors import EngineError
-from mvlm_export.engines.ort_api import import_onnxruntime, ort_errors, session_options
+from mvlm_export.engines.kv_cache import KvCache
+from mvlm_export.engines.session import Backend, BackendOptions, DecoderSession, GraphSession
+
+from .parity_ort import OrtGraphs
+from .reference import Step
 
 Array = npt.NDArray[Any]
-Runner = TypeVar("Runner", bound="GraphRunner")
+Session = TypeVar("Session")
+Opened = TypeVar("Opened", bound="_Closing[Any]")
 
 
-class GraphRunner:
-    """Use as a context manager: the graph's memory is given back at the end of the block.
+class ImageGraph(Protocol):
+    """The vision encoder or the projector."""
+
+    def run(self, array: Array) -> Array:
+        """Its output for ``array``; floats are cast to the graph's dtype.
+
+        Raises:
+            EngineError: the graph takes another input, or failed.
+        """
+
+
+class ForcedDecoder(Protocol):
+    """The decoder; what it gave for one call is in the past of the next, as in use."""
+
+    def begin(self, embeds: Array) -> None:
+        """Begin a sequence with nothing before it.
+
+        Args:
+            embeds: its image rows [I, D].
+        """
+
+    def step(self, ids: Array) -> Step:
+        """One call, behind :meth:`begin` and the steps before.
+
+        Args:
+            ids: int32 [S].
+
+        Returns:
+            Logits [S, V], or [1, V] of the last row alone, and of each cache tensor the new
+            rows [S, H_kv, head_dim].
+
+        Raises:
+            EngineError: the graph takes or gives other tensors, or failed.
+        """
+
+
+class ParityGraphs(Protocol):
+    """Opens graphs; each gives its memory back at the end of its ``with`` block."""
+
+    def open_graph(self, name: str) -> AbstractContextManager[ImageGraph]:
+        """The vision encoder or the projector.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+
+    def open_decoder(self) -> AbstractContextManager[ForcedDecoder]:
+        """The decoder.
+
+        Raises:
+            EngineError: it cannot be loaded.
+            BundleError: it is not of the manifest's model.
+        """
+
+
+def open_graphs(
+    bundle: Bundle, name: str, threads: int | None
+) -> tuple[Backend, ParityGraphs]:
+    """A backend of ``engines.backends.BACKENDS``, and how its graphs are compared.
+
+    Args:
+        threads: of ONNX Runtime; plans run on the GPU.
 
     Raises:
-        MissingPackageError: ONNX Runtime is not installed.
-        EngineError: the graph cannot be loaded.
+        InputError: there is no such backend, or it has nothing to run of this bundle.
+        MissingPackageError: its package is not installed.
+        EngineError: it cannot run here.
     """
+    if name in PLAN_BACKENDS:
+        backend = open_backend(bundle, name, BackendOptions("cuda"))
+        return backend, SessionGraphs(backend)
+    backend = open_backend(bundle, name, BackendOptions("cpu", threads))
+    return backend, OrtGraphs(bundle, threads)
 
-    def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
-        self.name = name
-        self._ort = import_onnxruntime()
-        options = session_options(self._ort, threads)
-        options.enable_mem_pattern = False  # every step has another past length
-        path, providers = str(bundle.graph_path(name)), ["CPUExecutionProvider"]
-        with ort_errors(self._ort, name, "load"):
-            self._session = self._ort.InferenceSession(path, options, providers=providers)
-        self._inputs = {
-            tensor.name: np.dtype(tensor.dtype)
-            for tensor in bundle.manifest.graphs[name].inputs
-        }
 
-    @property
-    def input_dtype(self) -> str:
-        """Numpy's name of the first input's dtype."""
-        return next(iter(self._inputs.values())).name
+class SessionGraphs:
+    """The graphs of a backend, in the sessions that answer users."""
 
-    def __enter__(self: Runner) -> Runner:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def open_graph(self, name: str) -> SessionImageGraph:
+        """As :meth:`ParityGraphs.open_graph`."""
+        return SessionImageGraph(self._backend.open_graph(name))
+
+    def open_decoder(self) -> SessionForcedDecoder:
+        """As :meth:`ParityGraphs.open_decoder`."""
+        return SessionForcedDecoder(self._backend.open_decoder())
+
+
+class _Closing(Generic[Session]):
+    """Drops its session, and with it the graph's memory, at the end of a ``with`` block."""
+
+    def __init__(self, session: Session) -> None:
+        self._session: Session | None = session
+
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(
@@ -58,71 +135,51 @@ class GraphRunner:
     ) -> None:
         self._session = None
 
-    def run(self, *values: Array) -> list[Array]:
-        """Every output for the inputs in order; each is cast to the dtype the graph takes.
-
-        Raises:
-            EngineError: the graph takes other inputs, or failed.
-        """
-        if len(values) != len(self._inputs):
-            raise EngineError(
-                f"The graph {self.name!r} takes {len(self._inputs)} inputs, but PyTorch's "
-                f"component takes {len(values)}; compile the bundle again, or name the "
-                "checkpoint it was made from."
-            )
-        feeds = {
-            name: value.astype(dtype, copy=False)
-            for (name, dtype), value in zip(self._inputs.items(), values, strict=True)
-        }
-        with ort_errors(self._ort, self.name, "run"):
-            outputs: list[Array] = self._session.run(None, feeds)
-        return outputs
+    @property
+    def _opened(self) -> Session:
+        assert self._session is not None, "its block has ended"
+        return self._session
 
 
-class DecoderRunner(GraphRunner):
-    """The decoder, whatever form its cache has: rows in, logits and new rows out."""
+class SessionImageGraph(_Closing[GraphSession]):
+    """A session of the vision encoder or the projector."""
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        super().__init__(bundle, "decoder", threads)
-        model = bundle.manifest.model
-        self._capacity = model.max_positions
-        self._tensors = 2 * model.num_layers
-        self._is_fixed = bundle.manifest.kv_form == "fixed"
+    def run(self, array: Array) -> Array:
+        """As :meth:`ImageGraph.run`."""
+        return self._opened.run(array)
 
-    def step(
-        self, ids: Array, embeds: Array, past: Sequence[Array]
-    ) -> tuple[Array, list[Array]]:
-        """One call.
 
-        Args:
-            past: cache rows [T, H_kv, head_dim] of each tensor.
+class SessionForcedDecoder(_Closing[DecoderSession]):
+    """A session of the decoder, with one cache for all sequences."""
 
-        Returns:
-            Logits ([S, V], or [1, V] of the last row alone) and new rows [S, H_kv, head_dim].
+    def __init__(self, session: DecoderSession) -> None:
+        super().__init__(session)
+        self._cache: KvCache | None = session.new_cache()
+        self._embeds: Array = np.zeros((0, 0), np.float32)
 
-        Raises:
-            EngineError: the graph takes or gives other tensors, or failed.
-        """
-        length, count = len(past[0]), len(ids)
-        if self._is_fixed:
-            caches = [self._fill(rows) for rows in past]
-            outputs = self.run(ids, embeds, np.array([length], np.int64), *caches)
-        else:
-            outputs = self.run(ids, embeds, *past)
-        logits, rows = outputs[0], outputs[1 : self._tensors + 1]
-        if len(rows) != len(past):
-            raise EngineError(
-                f"The graph {self.name!r} gives {len(rows)} cache tensors but takes "
-                f"{len(past)}; compile the bundle again."
-            )
-        if self._is_fixed:
-            new = slice(length, length + count)
-            rows = [cache[0, :, new].transpose(1, 0, 2) for cache in rows]
-        return logits, rows
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._cache = None
 
-    def _fill(self, rows: Array) -> Array:
-        """Rows [T, H, D] in a cache [1, H, capacity, D]; what is not filled is zero."""
-        length, heads, width = rows.shape
-        cache = np.zeros((1, heads, self._capacity, width), rows.dtype)
-        cache[0, :, :length] = rows.transpose(1, 0, 2)
-        return cache
+    def begin(self, embeds: Array) -> None:
+        """As :meth:`ForcedDecoder.begin`."""
+        assert self._cache is not None, "its block has ended"
+        self._cache.truncate(0)
+        self._cache.clear_behind()  # NaN that a sequence left must not reach the next
+        self._embeds = embeds
+
+    def step(self, ids: Array) -> Step:
+        """As :meth:`ForcedDecoder.step`."""
+        cache = self._cache
+        assert cache is not None, "its block has ended"
+        start = cache.length
+        logits = self._opened.append(cache, ids, self._embeds)
+        rows = range(cache.shape.tensors)
+        return Step(
+            logits[np.newaxis], [cache.read_rows(t, start, cache.length) for t in rows]
+        )

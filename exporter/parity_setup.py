@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mvlm_export.calibration.data import Sample
+from mvlm_export.engines.backends import choose_backend
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.image_processor import ImageProcessorConfig
 from mvlm_export.engines.manifest import ModelSpec
-from mvlm_export.engines.ort_api import import_onnxruntime
 from mvlm_export.engines.sampling import SamplingParams
+from mvlm_export.engines.session import Backend
 from mvlm_export.engines.tokenizer import LlamaTokenizer
 
 from .parity_cases import Case, prepare_cases
+from .parity_session import ParityGraphs, open_graphs
 from .reference import ReferenceModel
 
 DEFAULT_MAX_TOKENS = 40
@@ -47,7 +49,9 @@ class Comparison:
 
     Attributes:
         params: greedy, with the longest answer.
-        threads: of ONNX Runtime and of PyTorch; None means their defaults.
+        backend_name: what runs the bundle.
+        backend: the same, opened; whole answers come from it.
+        graphs: the same, for one graph at a time.
     """
 
     bundle: Bundle
@@ -56,7 +60,9 @@ class Comparison:
     listener: Listener
     tokenizer: LlamaTokenizer
     params: SamplingParams
-    threads: int | None
+    backend_name: str
+    backend: Backend
+    graphs: ParityGraphs
 
     @classmethod
     def prepare(
@@ -67,20 +73,39 @@ class Comparison:
         listener: Listener,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         threads: int | None = None,
+        backend: str | None = None,
     ) -> Comparison:
         """Make the samples ready.
 
+        Args:
+            threads: of ONNX Runtime; None means its default.
+            backend: a key of ``engines.backends.BACKENDS``; None takes TensorRT where there
+                are a GPU and plans for it, else ONNX Runtime.
+
         Raises:
-            InputError: a sample or ``max_tokens`` cannot be used; no model is loaded then.
-            MissingPackageError: ONNX Runtime is not installed.
+            InputError: a sample, ``max_tokens`` or the backend cannot be used; no model is
+                loaded then.
+            MissingPackageError: the backend's package is not installed.
+            EngineError: the backend cannot run here.
         """
-        import_onnxruntime()
+        backend_name = backend or choose_backend(bundle)
+        opened, graphs = open_graphs(bundle, backend_name, threads)
         model = bundle.manifest.model
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         tokenizer = LlamaTokenizer.from_folder(bundle.tokenizer_path)
         limits = (model.max_positions, reference.config.text.max_position_embeddings)
         cases = prepare_cases(model, tokenizer, samples, max_tokens, min(limits))
-        return cls(bundle, reference, cases, listener, tokenizer, params, threads)
+        return cls(
+            bundle,
+            reference,
+            cases,
+            listener,
+            tokenizer,
+            params,
+            backend_name,
+            opened,
+            graphs,
+        )
 
     @property
     def model(self) -> ModelSpec:

@@ -259,6 +259,10 @@ def next_steps(resolved: ResolvedSettings) -> list[str]:
     if not resolved.target.has_engines:
         return [f"Next: {run}"]
     steps = [f"Next, through ONNX Runtime on this machine's CPU: {run}"]
-    if not resolved.builds_here:
+    if resolved.builds_here:
+        backend = resolved.target.runtime
+        compare = f"mvlm parity {path} --backend {backend}"
+        steps.append(f"The plans too against PyTorch, where there is a GPU: {compare}")
+    else:
         steps.insert(0, f"On the device, after copying {path} there: mvlm build {name}")
     return steps

@@ -13,6 +13,7 @@ from mvlm_export.engines.errors import InputError, ParityError
 from ..settings import default_samples, nano_checkpoint
 from .console import StageProgress, print_json, print_settings
 from .parity_table import print_accuracy, print_parity
+from .sampling_options import parity_backend_option
 
 if TYPE_CHECKING:
     from ..reference import ReferenceModel
@@ -21,6 +22,8 @@ EXAMPLES = """\b
 Examples:
   mvlm parity bundle
   mvlm parity bundle --model MobileVLM_V2-1.7B --samples my-questions --limit 20
+  mvlm parity bundle --backend tensorrt       its plans, on the device
+  mvlm parity bundle --backend onnxruntime    its ONNX graphs, also where there are plans
 """
 
 
@@ -44,7 +47,12 @@ Examples:
     show_default=True,
     help="Longest answer.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Of PyTorch, and of ONNX Runtime where that runs the graphs. Default: all cores.",
+)
+@parity_backend_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def parity(
     bundle: Path,
@@ -53,20 +61,24 @@ def parity(
     limit: int | None,
     max_tokens: int,
     threads: int | None,
+    backend: str | None,
     as_json: bool,
 ) -> None:
     """Compare every graph, and whole answers, with PyTorch; exit code 1 if not equal."""
     from mvlm_export.calibration.data import read_samples
+    from mvlm_export.engines.backends import choose_backend
 
     from ..parity import ParityCheck
     from ..reference import ReferenceModel
 
     loaded = Bundle.load(bundle)
     folder = model or source_checkpoint(loaded)
+    backend = backend or choose_backend(loaded)
     print_settings(
         "mvlm parity",
         {
             "bundle": str(bundle),
+            "backend": backend,
             "model": str(folder),
             "samples": str(samples or default_samples()),
             "limit": limit,
@@ -77,7 +89,9 @@ def parity(
     with StageProgress() as progress:
         reference = ReferenceModel.open(folder)
         _check_model(loaded, reference)
-        check = ParityCheck(loaded, reference, questions, progress, max_tokens, threads)
+        check = ParityCheck(
+            loaded, reference, questions, progress, max_tokens, threads, backend
+        )
         report = check.run()
     figures = {"parity": report.to_json(), "accuracy": report.accuracy.to_json()}
     if as_json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mvlm_export.engines.targets import RUNTIME_TITLES
+
 from .console import human_bytes, print_line, print_table
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def print_parity(report: ParityReport) -> None:
     columns = ("graph", "precision", "max abs", "relative", "cosine")
     tokens = ("KL mean", "worst", "top-1", "cache rel.", "")
     rows = [_graph_row(graph) for graph in report.graphs]
-    print_table("Parity with PyTorch float32", (*columns, *tokens), rows)
+    title = f"Parity of {RUNTIME_TITLES[report.backend]} with PyTorch float32"
+    print_table(title, (*columns, *tokens), rows)
     _print_end_to_end(report.end_to_end)
 
 

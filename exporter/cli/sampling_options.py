@@ -53,13 +53,21 @@ _LOADING = (
 
 BACKEND_NAMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
-backend_option = click.option(
-    "--backend",
-    type=click.Choice(BACKEND_NAMES),
-    help="What runs the graphs. Default: TensorRT where there are a GPU and plans for it and "
-    "neither --provider nor --threads is given; else ONNX Runtime.",
-)
+
+def _backend_option(unless: str = "") -> Callable[[Command], Command]:
+    return click.option(
+        "--backend",
+        type=click.Choice(BACKEND_NAMES),
+        help="What runs the graphs. Default: TensorRT where there are a GPU and plans for it"
+        f"{unless}; else ONNX Runtime.",
+    )
+
+
+backend_option = _backend_option(" and neither --provider nor --threads is given")
 """``backend`` of ``VLM.load``."""
+
+parity_backend_option = _backend_option()
+"""``backend`` of ``ParityCheck``, whose threads are PyTorch's too and decide nothing."""
 
 
 def sampling_options(command: Command) -> Command:

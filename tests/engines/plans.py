@@ -46,6 +46,16 @@ def with_plans(
     """
     form = Bundle.load(source, verify=False).manifest.kv_form
     derive_bundle(source, path, target="orin", jetpack=JETPACKS[form])
+    return add_plans(path, profiles=profiles, host=host)
+
+
+def add_plans(
+    path: Path,
+    *,
+    profiles: dict[str, list[dict]] | None = None,
+    host: tuple[str, ...] = (),
+) -> Path:
+    """Put plans into a bundle that is for ``orin``; arguments as of :func:`with_plans`."""
     bundle = Bundle.load(path, verify=False)
     manifest = bundle.manifest
     place = get_target("orin").plan_folder(VERSION)

@@ -100,7 +100,7 @@ def test_backends_by_name(compiled, samples, capsys):
     path = compiled.bundle.path
     assert type_mvlm("bench", path, *options, "--backend", "onnxruntime") == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] == 12
-    for command in ("bench", "run", "chat"):
+    for command in ("bench", "run", "chat", "parity"):
         asked = ["--prompt", "what?"] if command == "run" else []
         assert type_mvlm(command, path, *asked, "--backend", "tensorrt") == 2
         assert "has no TensorRT plans" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_json_has_no_number_that_json_lacks():
     graph = GraphParity("decoder", "float32", Distance(np.nan, np.inf, -np.inf), kl=np.inf)
     tokens = TokenAccuracy(1, 1, 0, np.inf, np.inf, np.inf, 0.0, None, None)
     accuracy = AccuracyReport({}, {}, [], tokens, ExactAnswers(0), ["mean KL inf"])
-    report = ParityReport([graph], EndToEndParity(0), accuracy)
+    report = ParityReport("onnxruntime", [graph], EndToEndParity(0), accuracy)
     (found,) = json.loads(json.dumps(report.to_json(), allow_nan=False))["graphs"]
     assert found["values"] == {"max_abs": "nan", "relative": "inf", "cosine": "-inf"}
     assert (found["kl"], found["top1"]) == ("inf", None)
