@@ -150,7 +150,33 @@ class VLM:
     ) -> AnswerStream:
         """As :meth:`generate`, text by text; the whole is in ``answer`` at the end."""
         sources = as_list(images)
-        prompt = self.tokenize(self.conversation().ask(question, len(sources)))
+        asked = self.conversation().ask(question, len(sources))
+        return self.stream_conversation(asked, sources, params, **overrides)
+
+    def stream_conversation(
+        self,
+        conversation: Conversation,
+        images: Images,
+        params: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> AnswerStream:
+        """As :meth:`stream`, behind turns that are given; :meth:`chat` keeps its own.
+
+        Args:
+            conversation: its last question has no answer yet; from :meth:`conversation`.
+            images: those of all its turns, in their order.
+
+        Raises:
+            InputError: there are more or fewer images than the conversation has; and as
+                :meth:`generate`.
+        """
+        sources = as_list(images)
+        if len(sources) != conversation.image_count:
+            raise InputError(
+                f"The conversation has {conversation.image_count} image(s), but "
+                f"{len(sources)} were given; give those of all its turns, in their order."
+            )
+        prompt = self.tokenize(conversation)
 
         def embed(clock: PhaseClock) -> ImageRows:
             return self.encode_images(sources, clock)

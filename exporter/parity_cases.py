@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mvlm_export.calibration.data import Sample
-from mvlm_export.calibration.feeds import decoder_cases
+from mvlm_export.calibration.feeds import conversation_of, decoder_cases
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.image_processor import ImageProcessorConfig, preprocess_uint8
 from mvlm_export.engines.manifest import ModelSpec
@@ -28,6 +28,7 @@ class Case:
 
     Attributes:
         index: its place among the samples.
+        conversation: the sample's question, behind its earlier turns.
         limit: most tokens of its answer, on PyTorch's side and in the runtime alike.
         truth: ids of the true answer, closed by a stop id and cut where the model's positions
             end; None where it is not known.
@@ -35,6 +36,7 @@ class Case:
 
     index: int
     sample: Sample
+    conversation: Conversation
     prompt_ids: PromptIds
     limit: int
     truth: tuple[int, ...] | None = None
@@ -90,8 +92,9 @@ def _prepare(
 ) -> Case:
     place = f"The sample {sample.prompt!r} on {sample.image} cannot be used"
     try:
-        text = Conversation(get_template(model.template)).ask(sample.prompt, images=1).render()
-        prompt = tokenize_prompt(text, tokenizer, model.vocab_size, [model.image_tokens])
+        asked = conversation_of(sample, get_template(model.template))
+        counts = [model.image_tokens]
+        prompt = tokenize_prompt(asked.render(), tokenizer, model.vocab_size, counts)
         pixels_of(sample, model)
     except InputError as error:
         raise InputError(f"{place}: {error} Mend or remove its line.") from error
@@ -103,7 +106,7 @@ def _prepare(
             "question, remove the sample, or compile with a larger --max-length."
         )
     truth = _true_ids(model, tokenizer, sample, room)
-    return Case(index, sample, prompt, min(max_tokens, room), truth)
+    return Case(index, sample, asked, prompt, min(max_tokens, room), truth)
 
 
 def _true_ids(
@@ -111,7 +114,7 @@ def _true_ids(
 ) -> tuple[int, ...] | None:
     if sample.answer is None:
         return None
-    (case,) = decoder_cases(model, tokenizer, [replace(sample, history=())])
+    (case,) = decoder_cases(model, tokenizer, [sample])
     return tuple(case.ids[case.answer_start :][:room].tolist())
 
 

@@ -82,7 +82,10 @@ class RuntimeSide:
         """The runtime's ids, None where it failed, and the verdict on them."""
         sample, params = case.sample, self._given.params
         try:
-            found = vlm.generate(sample.image, sample.prompt, params, max_tokens=case.limit)
+            answering = vlm.stream_conversation(
+                case.conversation, sample.image, params, max_tokens=case.limit
+            )
+            found = answering.read()
         except EngineError as error:  # logits that are not finite, for one
             return None, Verdict("failed", f"the runtime gave no answer: {error}")
 

@@ -37,7 +37,8 @@ Examples:
 @click.option(
     "--samples",
     type=click.Path(path_type=Path),
-    help="Folder with samples.jsonl. Default: those of the package.",
+    help="Folder with samples.jsonl, or LLaVA's conversation JSON, whose questions stand "
+    "behind their earlier turns. Default: those of the package.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first N samples.")
 @click.option(

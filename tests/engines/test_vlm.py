@@ -57,6 +57,20 @@ def test_marks_place_the_pictures(tiny: TinyModel, vlm: VLM) -> None:
     assert list(swapped.ids) != expected
 
 
+def test_a_conversation_that_is_given_is_answered_as_a_chat(vlm: VLM) -> None:
+    chat, given = vlm.chat(), vlm.conversation()
+    turns = ((QUESTION, PICTURES[:1]), ("Why?", []), ("And here?", PICTURES[1:]))
+    shown: list[np.ndarray] = []
+    for question, pictures in turns:
+        given, shown = given.ask(question, len(pictures)), shown + pictures
+        expected = chat.ask(question, pictures, max_tokens=6)
+        found = vlm.stream_conversation(given, shown, max_tokens=6).read()
+        assert found.ids == expected.ids
+        given = given.answer(expected.text)
+    with pytest.raises(InputError, match=r"has 3 image\(s\), but 2 were given"):
+        vlm.stream_conversation(given.ask("Well?"), shown[:2])
+
+
 def test_cache_rows_are_those_of_the_whole_run(tiny: TinyModel, vlm: VLM) -> None:
     prompt = vlm.tokenize(vlm.conversation().ask(QUESTION, 1))
     answer = vlm.generate(PICTURES[0], QUESTION, max_tokens=6)

@@ -209,6 +209,25 @@ def test_answer_ends_where_the_positions_do(check, samples):
     assert report.end_to_end.equal == 1
 
 
+def test_earlier_turns_are_kept(check, samples):
+    """On both sides: greedy answers and true ones come behind the whole conversation."""
+    first = read_samples(samples, 1)[0]
+    later = replace(first, prompt="why?", history=((first.prompt, "so"), ("who?", "they")))
+    bare = replace(later, history=())
+    made = check(questions=[later, bare], max_tokens=6)
+    with_turns, without = made.cases
+    text = made._given.tokenizer.decode([i for i in with_turns.prompt.tolist() if i < 512])
+    assert text.endswith(
+        f"{first.prompt} ASSISTANT: so USER: who? ASSISTANT: they USER: why? ASSISTANT:"
+    )
+    assert with_turns.truth == without.truth
+    answers = spied_answers(made)
+    assert answers[0] != answers[1]
+    report = made.run()
+    assert report.passed, report.failures
+    assert report.end_to_end.equal == 2
+
+
 def test_bundle_of_fewer_positions_than_the_checkpoint(check, checkpoint, tmp_path):
     length = max(len(case.prompt) for case in check().cases)
     settings = CompileSettings(
