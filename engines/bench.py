@@ -1,10 +1,11 @@
 """How fast a bundle answers: the medians of several runs of one question.
 
-The protocol is that of MobileVLM's papers: one image, one question and a fixed number of new
+The protocol ``paper`` is that of MobileVLM's papers: one image, one question and 256 new
 tokens, the model's own end ignored. ``tokens_per_second`` is the new tokens over the total,
-image and prompt included; ``decode_tokens_per_second`` is what most other figures mean. Every
-run pays in full: no image rows and no cache rows are kept from the run before, except the
-prompt prefix that the bundle ships.
+image and prompt included; ``decode_tokens_per_second`` is what most other figures mean.
+``decode`` leaves the image out and asks for 128 tokens, as llama.cpp's ``llama-bench`` does by
+default: the decoder by itself, with a short cache. Every run pays in full: no image rows and
+no cache rows are kept from the run before, except the prompt prefix that the bundle ships.
 
 A decode step reads the decoder's weights (of the embedding one row) and the filled cache once:
 
@@ -29,8 +30,25 @@ from .targets import get_target
 from .timings import Timings
 from .vlm import VLM
 
-PAPER_TOKENS = 256
-"""New tokens of the papers' protocol (arXiv 2402.03766, section 4)."""
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is asked of a bundle.
+
+    Attributes:
+        with_image: whether the question is about one.
+        new_tokens: of each answer, unless another number is asked for.
+    """
+
+    with_image: bool
+    new_tokens: int
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "paper": Protocol(with_image=True, new_tokens=256),
+    "decode": Protocol(with_image=False, new_tokens=128),
+}
+"""By name; ``paper`` is that of arXiv 2402.03766, section 4."""
 
 SECONDS = ("preprocess", "vision", "projector", "prefill", "time_to_first_token", "total")
 
@@ -62,6 +80,7 @@ class BenchReport:
     """What was measured.
 
     Attributes:
+        protocol: a key of ``PROTOCOLS``.
         new_tokens: of each run.
         prompt_tokens: rows of the prompt, image rows included.
         cached_tokens: those of them that the shipped prefix covers.
@@ -77,6 +96,7 @@ class BenchReport:
         ids: the new tokens, the same in every run.
     """
 
+    protocol: str
     new_tokens: int
     prompt_tokens: int
     cached_tokens: int
@@ -110,24 +130,30 @@ def bench(
     vlm: VLM,
     image: ImageSource | None,
     question: str,
-    new_tokens: int = PAPER_TOKENS,
+    new_tokens: int | None = None,
     runs: int = 5,
     warmup: int = 1,
     progress: Progress | None = None,
+    protocol: str = "paper",
 ) -> BenchReport:
     """Ask one question several times over.
 
     Args:
         vlm: opened with ``reuse=False``, so that each run pays in full.
-        image: None asks without one.
-        new_tokens: tokens of each answer, the first included; at least 2.
+        image: None where the protocol has none.
+        new_tokens: tokens of each answer, the first included; at least 2. None for the
+            protocol's.
         runs: that are measured.
         warmup: that are not, before them.
+        protocol: a key of ``PROTOCOLS``.
 
     Raises:
-        InputError: the prompt leaves fewer positions, or a count is too small.
+        InputError: the prompt leaves fewer positions, a count is too small, or the protocol
+            is not known or has no image where one is given, or the other way round.
         EngineError: a graph failed, or two runs answered differently.
     """
+    asked = _find_protocol(protocol, image is not None)
+    new_tokens = asked.new_tokens if new_tokens is None else new_tokens
     _check_counts(new_tokens, runs, warmup)
     images = [] if image is None else [image]
     length = len(vlm.tokenize(vlm.conversation().ask(question, len(images))))
@@ -152,7 +178,26 @@ def bench(
             found.append(answer.timings)
     if progress is not None:
         progress(warmup + runs, warmup + runs, "answer")
-    return _report(vlm, found, length, ids)
+    return _report(vlm, protocol, found, length, ids)
+
+
+def _find_protocol(name: str, has_image: bool) -> Protocol:
+    found = PROTOCOLS.get(name)
+    if found is None:
+        raise InputError(
+            f"There is no protocol {name!r}; choose one of {', '.join(PROTOCOLS)}."
+        )
+    if found.with_image and not has_image:
+        raise InputError(
+            f"The protocol {name!r} asks about an image, but none was given; give one, or "
+            "choose the protocol 'decode'."
+        )
+    if has_image and not found.with_image:
+        raise InputError(
+            f"The protocol {name!r} has no image, but one was given; leave it out, or choose "
+            "the protocol 'paper'."
+        )
+    return found
 
 
 def _check_counts(new_tokens: int, runs: int, warmup: int) -> None:
@@ -173,7 +218,11 @@ def _changed(run: int, ids: Sequence[int], other: Sequence[int]) -> EngineError:
 
 
 def _report(
-    vlm: VLM, found: Sequence[Timings], prompt_tokens: int, ids: tuple[int, ...]
+    vlm: VLM,
+    protocol: str,
+    found: Sequence[Timings],
+    prompt_tokens: int,
+    ids: tuple[int, ...],
 ) -> BenchReport:
     bundle = vlm.bundle
     decode = Spread.of([timings.decode_tokens_per_second for timings in found])
@@ -181,6 +230,7 @@ def _report(
     reached = None if read is None else read * decode.median / 1e9
     target = get_target(bundle.manifest.target, bundle.manifest.jetpack)
     return BenchReport(
+        protocol=protocol,
         new_tokens=len(ids),
         prompt_tokens=prompt_tokens,
         cached_tokens=found[0].cached_tokens,

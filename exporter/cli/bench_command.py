@@ -20,6 +20,7 @@ EXAMPLES = """\b
 Examples:
   mvlm bench bundle                        as the papers: image, question, 256 tokens
   mvlm bench bundle --image photo.jpg --prompt "Describe it." --tokens 64 --runs 10
+  mvlm bench bundle --protocol decode      the decoder by itself: no image, 128 tokens
   mvlm bench bundle --json --output orin.json    with the machine, versions and date
 
 \b
@@ -29,7 +30,10 @@ the whole time, which is how MobileVLM's papers count; "decode" is the speed beh
 token.
 """
 
-QUESTION = "Describe the picture."
+PROTOCOL_NAMES = ("paper", "decode")
+
+QUESTIONS = {"paper": "Describe the picture.", "decode": "Tell a story."}
+"""What is asked by each protocol where nothing is said."""
 
 
 def default_image() -> Path:
@@ -40,13 +44,23 @@ def default_image() -> Path:
 @click.command("bench", epilog=EXAMPLES)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOL_NAMES),
+    default="paper",
+    show_default=True,
+    help="paper: an image, a question and 256 new tokens, as MobileVLM's papers. decode: no "
+    "image and 128 tokens.",
+)
+@click.option(
     "--image",
     type=click.Path(path_type=Path),
-    help="The picture. Default: one that comes along.",
+    help="The picture, for the protocol paper. Default: one that comes along.",
 )
-@click.option("--prompt", default=QUESTION, show_default=True, help="The question.")
+@click.option("--prompt", help="The question. Default: a short one.")
 @click.option(
-    "--tokens", default=256, show_default=True, help="New tokens; the model's end is ignored."
+    "--tokens",
+    type=int,
+    help="New tokens; the model's end is ignored. Default: the protocol's.",
 )
 @click.option("--runs", default=5, show_default=True, help="Runs that are measured.")
 @click.option("--warmup", default=1, show_default=True, help="Runs before them.")
@@ -61,9 +75,10 @@ def default_image() -> Path:
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def bench(
     bundle: Path,
+    protocol: str,
     image: Path | None,
-    prompt: str,
-    tokens: int,
+    prompt: str | None,
+    tokens: int | None,
     runs: int,
     warmup: int,
     threads: int | None,
@@ -91,8 +106,11 @@ def bench(
             reuse=False,
         )
         progress.stage("Answering")
+        if image is None and measuring.PROTOCOLS[protocol].with_image:
+            image = default_image()
+        question = QUESTIONS[protocol] if prompt is None else prompt
         report = measuring.bench(
-            vlm, image or default_image(), prompt, tokens, runs, warmup, progress.advance
+            vlm, image, question, tokens, runs, warmup, progress.advance, protocol
         )
     found = {**_circumstances(vlm, threads), **report.to_json()}
     if output is not None:
@@ -125,10 +143,11 @@ def _print_report(bundle: Path, report: BenchReport) -> None:
     rows = [
         (name.replace("_", " "), *(f"{v * 1e3:.1f}" for v in _three(spread)))
         for name, spread in report.seconds.items()
+        if spread.high > 0  # there is no vision encoder to wait for without an image
     ]
     print_table(
-        f"{bundle}: {report.prompt_tokens} prompt tokens ({report.cached_tokens} shipped), "
-        f"{report.new_tokens} new ones, {report.runs} runs",
+        f"{bundle}, {report.protocol}: {report.prompt_tokens} prompt tokens "
+        f"({report.cached_tokens} shipped), {report.new_tokens} new ones, {report.runs} runs",
         ("ms", "median", "least", "most"),
         rows,
     )

@@ -6,10 +6,11 @@ import onnx
 import pytest
 
 from mvlm_export.engines.backends import BACKENDS
-from mvlm_export.engines.bench import Spread, bench, bytes_per_token
+from mvlm_export.engines.bench import PROTOCOLS, Spread, bench, bytes_per_token
 from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError, InputError
 from mvlm_export.engines.vlm import VLM
+from mvlm_export.exporter.cli.bench_command import PROTOCOL_NAMES, QUESTIONS
 from mvlm_export.exporter.cli.errors import run_command
 from mvlm_export.exporter.cli.main import mvlm
 from mvlm_export.exporter.cli.sampling_options import BACKEND_NAMES
@@ -28,6 +29,7 @@ def test_figures_agree_with_one_another(compiled, samples, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert json.loads(output.read_text()) == found
     assert (found["runs"], found["new_tokens"], len(found["ids"])) == (3, 12, 12)
+    assert found["protocol"] == "paper"
     assert found["prompt_tokens"] > compiled.bundle.manifest.model.image_tokens
     assert 0 < found["cached_tokens"] < found["prompt_tokens"]
     total = found["seconds"]["total"]
@@ -43,6 +45,33 @@ def test_figures_agree_with_one_another(compiled, samples, tmp_path, capsys):
     assert (found["model"], found["target"], found["recipe"]) == ("tiny", "cpu", "fp32")
     assert found["machine"]["python"]
     assert found["share_of_bandwidth"] is None  # a CPU's memory is not known
+
+
+def test_the_decoder_by_itself(compiled, capsys):
+    assert type_mvlm("bench", compiled.bundle.path, "--protocol", "decode", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["protocol"], found["new_tokens"], len(found["ids"])) == ("decode", 128, 128)
+    assert found["seconds"]["vision"]["high"] == found["seconds"]["projector"]["high"] == 0
+    vlm = VLM.load(compiled.bundle.path, threads=1)
+    bare = vlm.tokenize(vlm.conversation().ask("Tell a story."))
+    assert found["prompt_tokens"] == len(bare)
+    assert type_mvlm("bench", compiled.bundle.path, "--protocol", "decode", *FEW) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "decode:" in printed and "12 new ones" in printed
+    assert "vision" not in printed
+
+
+def test_protocols(compiled, samples):
+    assert set(PROTOCOL_NAMES) == set(PROTOCOLS) == set(QUESTIONS)
+    assert (PROTOCOLS["paper"].new_tokens, PROTOCOLS["paper"].with_image) == (256, True)
+    vlm = VLM.load(compiled.bundle.path, threads=1, reuse=False)
+    for image, protocol, words in (
+        (None, "paper", "asks about an image, but none was given"),
+        (samples / "0.png", "decode", "has no image, but one was given"),
+        (None, "fast", "no protocol 'fast'; choose one of paper, decode"),
+    ):
+        with pytest.raises(InputError, match=words):
+            bench(vlm, image, "what?", 4, 1, 0, protocol=protocol)
 
 
 def test_every_run_pays_in_full(compiled, samples):
@@ -86,6 +115,7 @@ def test_the_tables(compiled, samples, capsys):
         (("--tokens", "1"), "measure nothing"),
         (("--runs", "0"), "measure nothing"),
         (("--tokens", "4", "--image", "nowhere.png"), "nowhere.png"),
+        (("--protocol", "decode", "--image", "nowhere.png"), "has no image"),
     ],
 )
 def test_what_cannot_be_measured(compiled, capsys, options, words):
@@ -123,7 +153,7 @@ def test_runs_that_differ_are_not_averaged(compiled, samples):
 def test_counts_are_checked_before_anything_runs(compiled):
     vlm = VLM.load(compiled.bundle.path, threads=1, reuse=False)
     with pytest.raises(InputError, match="2 tokens, 1 run"):
-        bench(vlm, None, "what?", new_tokens=2, runs=1, warmup=-1)
+        bench(vlm, None, "what?", new_tokens=2, runs=1, warmup=-1, protocol="decode")
 
 
 def test_a_spread():
