@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from .kv_cache import KvForm
 from .targets import Target
+from .trt_profiles import LONGEST_CHUNK
 
 Verdict = Literal["fits", "runs only", "too small", "unknown"]
 
@@ -97,14 +98,19 @@ class ModelSizes:
         values = self.vision_tokens * (2 * self.vision_mlp + 7 * self.vision_hidden)
         return self.images * values * self.width
 
+    @property
+    def chunk(self) -> int:
+        """New tokens of one call at most."""
+        return min(self.max_length, LONGEST_CHUNK)
+
     def decoder_scratch(self, new: int | None = None, past: int | None = None) -> int:
         """Bytes of scratch of the decoder.
 
         Args:
-            new: tokens of one call; None for the longest that the prefill profile allows.
+            new: tokens of one call; None for the most that the prefill profile allows.
             past: rows of the cache before it; None likewise.
         """
-        new = self.max_length if new is None else new
+        new = self.chunk if new is None else new
         past = self.max_length - 1 if past is None else past
         copied = 2 * (new + past) if self.kv_form == "append" else self.max_length
         activations = new * (2 * self.ffn + 5 * self.hidden)
@@ -239,7 +245,7 @@ def _work(sizes: ModelSizes, target: Target) -> list[Part]:
         Part(
             "decoder scratch",
             sizes.decoder_scratch(),
-            f"{sizes.max_length} x (2 x {sizes.ffn} + 5 x {sizes.hidden}) x {sizes.width} "
+            f"{sizes.chunk} x (2 x {sizes.ffn} + 5 x {sizes.hidden}) x {sizes.width} "
             f"bytes, and {rows}",
         ),
         Part("plans", PLAN_OVERHEAD, "kernels and profiles, beyond the weights"),

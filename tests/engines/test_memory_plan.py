@@ -9,6 +9,7 @@ import pytest
 
 from mvlm_export.engines.memory_plan import GraphLoad, ModelSizes, plan_memory
 from mvlm_export.engines.targets import get_target
+from mvlm_export.engines.trt_profiles import decoder_profiles
 
 GIB = 1 << 30
 
@@ -56,8 +57,14 @@ def test_decoder_scratch_of_the_fixed_form():
     assert fixed.decoder_scratch(1) == pytest.approx(8.2e6, rel=0.03)
 
 
-def test_scratch_is_that_of_the_longest_prompt_and_past():
-    assert SIZES.decoder_scratch() == SIZES.decoder_scratch(2048, 2047)
+def test_scratch_is_that_of_the_prefill_profile():
+    for length in (2048, 512):
+        sizes = replace(SIZES, max_length=length)
+        prefill, _ = decoder_profiles(length, 144, "fp16")
+        new, past = prefill.dims["S"][2], prefill.dims["T"][2]
+        assert sizes.decoder_scratch() == sizes.decoder_scratch(new, past)
+    assert SIZES.decoder_scratch() == pytest.approx(69.2e6, rel=0.01)
+    assert SIZES.decoder_scratch(2048, 2047) == pytest.approx(121.6e6, rel=0.01)
 
 
 def test_encoder_scratch_is_what_a_build_reported():

@@ -74,7 +74,7 @@ def test_10_3_strongly_typed_by_its_own_number_and_no_precision_flag(tmp_path, t
     assert builder.config.builder_optimization_level == 4
     assert len(builder.config.profiles) == 2
     assert builder.config.profiles[0].shapes == {
-        "input_ids": ((1,), (256,), (2048,)),
+        "input_ids": ((1,), (256,), (1024,)),
         "image_embeds": ((1, 64), (144, 64), (144, 64)),
         "past_key_values.0.key": ((0, 4, 16), (0, 4, 16), (2047, 4, 16)),
         "past_key_values.0.value": ((0, 4, 16), (0, 4, 16), (2047, 4, 16)),

@@ -53,18 +53,19 @@ def test_two_profiles_of_one_name(tmp_path):
 
 def test_decoder_profiles_by_weight_kind():
     prefill, decode = decoder_profiles(2048, 144, "fp16")
-    assert prefill.dims == {"S": (1, 256, 2048), "T": (0, 0, 2047), "I": (1, 144, 144)}
+    assert prefill.dims == {"S": (1, 256, 1024), "T": (0, 0, 2047), "I": (1, 144, 144)}
     assert decode.dims == {"S": (1, 1, 2), "T": (0, 512, 2047), "I": (1, 144, 144)}
     assert decoder_profiles(2048, 144, "int8")[1].dims["S"] == (1, 1, 2)
     assert decoder_profiles(2048, 144, "int4")[1].dims["S"] == (1, 1, 1)
     assert decoder_profiles(2, 1, "fp32")[0].dims["S"] == (1, 2, 2)
+    assert decoder_profiles(512, 1, "fp32")[0].dims["S"] == (1, 256, 512)
 
 
 def test_a_fixed_cache_has_no_range_of_past_tokens():
     """Its tensors are of a fixed size, and past_length is a value."""
     profiles = decoder_profiles(2048, 144, "fp16", kv_form="fixed")
     assert [profile.name for profile in profiles] == ["prefill", "decode"]
-    assert profiles[0].dims == {"S": (1, 256, 2048), "I": (1, 144, 144)}
+    assert profiles[0].dims == {"S": (1, 256, 1024), "I": (1, 144, 144)}
     assert profiles[1].dims == {"S": (1, 1, 2), "I": (1, 144, 144)}
     inputs = [
         NetworkInput("input_ids", (-1,), ("S",)),

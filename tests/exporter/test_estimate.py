@@ -281,7 +281,7 @@ def test_a_shorter_cache_is_the_longest_that_helps():
 
 def test_a_proposal_on_the_same_device_may_change_recipe_and_length():
     """No recipe is enough for a model of much cache; a shorter one is, with each of them."""
-    text = replace(BIG.text, num_hidden_layers=8, max_position_embeddings=65536)
+    text = replace(BIG.text, num_hidden_layers=8, max_position_embeddings=98304)
     config = replace(BIG, text=text)
     request = Request("cache", config, FP16, get_target("orin-nano"))
     lengths = [int(options.split("--max-length ")[1]) for options in options_of(request)[:3]]
