@@ -245,11 +245,28 @@ def _print_checks(resolved: ResolvedSettings, checks: dict[str, Any]) -> None:
             f"{estimate['bandwidth_gb_s']} GB/s over "
             f"{human_bytes(estimate['read_per_token'])} a token."
         )
-    if estimate["fits"] is False:
-        print_line(
-            "Warning: that leaves too little of the module's memory for activations and the "
-            "system. Choose a smaller model, a smaller --max-length, or a larger module."
-        )
+    if estimate["plan"]["verdict"] in VERDICTS:
+        print_line(memory_verdict(resolved.target.title, estimate["plan"]))
+
+
+VERDICTS = {
+    "fits": "It fits {title}, to build and to run",
+    "runs only": "Warning: it fits {title} to run but not to build: add swap for the builder, "
+    "or choose a smaller model, recipe or --max-length",
+    "too small": "Warning: it does not fit {title}: choose a smaller model, recipe or "
+    "--max-length, or a larger module",
+}
+"""What is said of a memory plan, by its verdict; nothing of one whose module is not known."""
+
+
+def memory_verdict(title: str, plan: dict[str, Any]) -> str:
+    """The verdict of ``MemoryPlan.to_json`` as a sentence, with the arithmetic's sums."""
+    verdict = VERDICTS[plan["verdict"]].format(title=title)
+    return (
+        f"{verdict} ({human_bytes(plan['run_bytes'])} to run, "
+        f"{human_bytes(plan['build_bytes'])} to build, of {human_bytes(plan['available'])} "
+        "that the system leaves)."
+    )
 
 
 def next_steps(resolved: ResolvedSettings) -> list[str]:

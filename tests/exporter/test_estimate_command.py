@@ -1,12 +1,18 @@
 """``mvlm estimate`` as a user types it: tables, JSON, exit codes, and ways to go wrong."""
 
 import json
+from typing import get_args
 
 import pytest
 
-from mvlm_export.engines.targets import TARGETS
+from mvlm_export.calibration.recipe import RECIPES
+from mvlm_export.engines.memory_plan import Verdict
+from mvlm_export.engines.targets import TARGETS, get_target
 from mvlm_export.exporter.cli.errors import run_command
+from mvlm_export.exporter.cli.export_command import VERDICTS, export, memory_verdict
 from mvlm_export.exporter.cli.main import mvlm
+from mvlm_export.exporter.config import PRESETS
+from mvlm_export.exporter.estimate import estimate_model
 from tests.helpers import tiny_config_json
 
 
@@ -90,3 +96,32 @@ def test_command_takes_the_nano_model_by_default_and_any_target(capsys):
 def test_command_names_what_is_wrong(arguments, complaint, capsys):
     assert type_mvlm("estimate", *arguments) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "target", "words"),
+    [
+        ("v2-1.7b", "orin", "to build and to run (4."),
+        ("v2-1.7b", "orin-nano", "to run but not to build: add swap"),
+        ("v2-7b", "orin-nano-4gb", "Warning: it does not fit Jetson Orin Nano 4GB"),
+    ],
+)
+def test_an_export_says_whether_the_module_holds_it(preset, target, words):
+    plan = estimate_model(preset, PRESETS[preset], RECIPES["fp16"], get_target(target)).plan
+    assert plan.verdict in VERDICTS
+    text = memory_verdict(get_target(target).title, plan.to_json())
+    assert words in text
+    assert "to run, " in text and "that the system leaves)." in text
+
+
+def test_every_verdict_on_a_known_module_has_its_sentence():
+    assert set(VERDICTS) == set(get_args(Verdict)) - {"unknown"}
+
+
+def test_the_sentence_stands_at_the_end_of_an_export(checkpoint, tmp_path, capsys):
+    arguments = ["--target", "orin", "--model", checkpoint, "--output", tmp_path / "bundle"]
+    options = [*arguments, "--no-parity", "--no-stand-in"]
+    assert run_command(export, [str(option) for option in options], "mvlm-export") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "It fits Jetson AGX Orin 64GB" in printed
+    assert ", to build and to run (" in printed
