@@ -16,7 +16,11 @@ GRAPHS = ("vision_encoder", "projector", "decoder")
 """The graphs of every bundle."""
 
 NEXT_TOKEN = "next_token"
-"""Output that a decoder may have beside the others: the likeliest next id, int64 [1]."""
+"""Output that a decoder may have beside the others: the likeliest next id, int64 [1], or one
+behind each of the last rows."""
+
+LAST_ROWS = "R"
+"""Axis of logits that are those of the last rows alone: R = min(S, logits_rows)."""
 
 GRAPH_DTYPES = ("float32", "float16")
 _PIXEL_DTYPES = (*GRAPH_DTYPES, "uint8")
@@ -82,6 +86,8 @@ class Manifest:
     Attributes:
         kv_form: ``append``: the decoder returns the new cache rows alone, sequence-major;
             ``fixed``: it writes them into the whole cache, head-major, at ``past_length``.
+        logits_rows: most rows of logits that the decoder gives, where their axis is
+            ``LAST_ROWS``.
         files: sha256 of every file the bundle was made with, by path inside it.
         tools: versions of the packages that made the bundle.
         source: where the weights came from: checkpoint ``path`` and ``fingerprint``.
@@ -97,6 +103,7 @@ class Manifest:
     checks: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
+    logits_rows: int = 1
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -141,6 +148,7 @@ class Manifest:
             "checks": top.mapping,
             "files": lambda key: _read_files(top, key),
             "source": top.texts,
+            "logits_rows": top.size,
         }
         optional = {key: read(key) for key, read in readers.items() if key in top.data}
         manifest = cls(model, top.text("target"), top.text("recipe"), graphs, **optional)

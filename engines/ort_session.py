@@ -9,6 +9,7 @@ greedy answer, the chosen id alone where the graph gives it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from .kv_cache import (
     KvForm,
     cache_names,
 )
-from .manifest import NEXT_TOKEN, ModelSpec, graph_tensors
+from .manifest import LAST_ROWS, NEXT_TOKEN, ModelSpec, graph_tensors
 from .ort_api import import_onnxruntime, ort_errors, session_options
 from .session import (
     BackendOptions,
@@ -110,8 +111,8 @@ class OrtBackend:
         # Every step has another past length, and a memory plan would be kept for each.
         session = self._open("decoder", memory_patterns=False)
         manifest = self._bundle.manifest
-        device = self._provider.device
-        return OrtDecoder(self._ort, session, manifest.model, device, manifest.kv_form)
+        device, rows = self._provider.device, manifest.logits_rows
+        return OrtDecoder(self._ort, session, manifest.model, device, manifest.kv_form, rows)
 
     def _open(self, name: str, memory_patterns: bool) -> Any:  # noqa: ANN401
         options = session_options(self._ort, self._threads)
@@ -170,6 +171,7 @@ class OrtDecoder:
         model: ModelSpec,
         device: str,
         kv_form: KvForm = "append",
+        logits_rows: int = 1,
     ) -> None:
         self._ort = ort
         self._session = session
@@ -183,7 +185,7 @@ class OrtDecoder:
         self._present = cache_names("present", model.num_layers)
         self._embeds_dtype = _DTYPES[inputs["image_embeds"].type]
         self._vocab_size = model.vocab_size
-        self._last_row_only = outputs["logits"].shape[0] == 1
+        self._rows = _logits_rows(outputs["logits"].shape[0], logits_rows)
         self._shape = CacheShape(
             layers=model.num_layers,
             heads=model.num_key_value_heads,
@@ -197,14 +199,21 @@ class OrtDecoder:
         self._lock = threading.Lock()
         self._binding = session.io_binding()
         self._greedy_binding = session.io_binding()  # gives no logits
-        self._step_logits = np.empty((1, model.vocab_size), np.float32)
-        self._next_token = np.empty(1, np.int64)
+        rows = self._rows or 1
+        self._step_logits = np.empty((rows, model.vocab_size), np.float32)
+        self._next_tokens = np.empty(rows, np.int64)
         self._past_length = np.empty(1, np.int64)
+        self._bound: dict[int, weakref.ref[KvCache]] = {}
 
     @property
     def chooses_greedily(self) -> bool:
         """As :attr:`DecoderSession.chooses_greedily`."""
         return self._chooses_greedily
+
+    @property
+    def most_choices(self) -> int:
+        """As :attr:`DecoderSession.most_choices`."""
+        return self._rows or 1 if self._chooses_greedily else 0
 
     def new_cache(self) -> KvCache:
         """An empty cache of ``max_positions`` rows, in the provider's memory."""
@@ -223,19 +232,34 @@ class OrtDecoder:
 
     def append_greedy(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> int:
         """As :meth:`DecoderSession.append_greedy`."""
+        return int(self._choose(cache, ids, image_embeds)[-1])
+
+    def append_choices(
+        self, cache: KvCache, ids: IdArray, image_embeds: FloatArray
+    ) -> list[int]:
+        """As :meth:`DecoderSession.append_choices`."""
+        if len(ids) > self.most_choices:
+            raise EngineError(
+                f"{len(ids)} choices were asked for, but the decoder gives "
+                f"{self.most_choices} at most; give fewer ids."
+            )
+        return self._choose(cache, ids, image_embeds)
+
+    def _choose(self, cache: KvCache, ids: IdArray, image_embeds: FloatArray) -> list[int]:
         with self._lock:
-            target = self._next_token
+            target = self._next_tokens[: len(ids)]
             self._run(self._greedy_binding, cache, ids, image_embeds, NEXT_TOKEN, target)
-            id_ = int(target[0])
-        if not 0 <= id_ < self._vocab_size:
-            cache.truncate(cache.length - len(ids))
-            raise not_finite(f"the token {id_} of {self._vocab_size}")
-        return id_
+            chosen: list[int] = target.tolist()
+        for id_ in chosen:
+            if not 0 <= id_ < self._vocab_size:
+                cache.truncate(cache.length - len(ids))
+                raise not_finite(f"the token {id_} of {self._vocab_size}")
+        return chosen
 
     def _logits_buffer(self, count: int) -> Float32Array:
-        """The buffer of one row that every step uses, or one for this prefill alone."""
-        if count == 1 or self._last_row_only:
-            return self._step_logits
+        """The buffer that every step uses, or one for this prefill alone."""
+        if self._rows is not None or count == 1:
+            return self._step_logits[:count]
         return np.empty((count, self._vocab_size), np.float32)
 
     def _run(
@@ -267,6 +291,11 @@ class OrtDecoder:
         cache.advance(len(ids))
 
     def _bind_cache(self, binding: Any, cache: KvCache, count: int) -> None:  # noqa: ANN401
+        """Bind a cache; one of the fixed form stays bound, as nothing of it changes."""
+        bound = self._bound.get(id(binding))
+        if cache.shape.form == "fixed" and bound is not None and bound() is cache:
+            return
+        self._bound[id(binding)] = weakref.ref(cache)
         device, dtype = self._device, np.dtype(self._shape.dtype).type
         past, new = cache.past_shape, cache.new_shape(count)
         for n, name in enumerate(self._past):
@@ -309,6 +338,11 @@ class OrtKvCache(KvCache):
         whole = np.array(self._buffers[tensor].numpy())
         self.shape.as_rows(whole)[start : start + len(rows)] = rows
         self._buffers[tensor].update_inplace(whole)
+
+
+def _logits_rows(axis: int | str, most: int) -> int | None:
+    """Most rows of logits that the graph gives; None if it gives one for each id."""
+    return axis if isinstance(axis, int) else most if axis == LAST_ROWS else None
 
 
 def _check_names(found: Mapping[str, Any], wanted: set[str], kind: str) -> None:

@@ -75,6 +75,10 @@ class DecoderSession(Protocol):
     def chooses_greedily(self) -> bool:
         """True if the graph gives the likeliest id itself: :meth:`append_greedy` works."""
 
+    @property
+    def most_choices(self) -> int:
+        """Most ids that :meth:`append_choices` takes; 0 or 1 where it serves for nothing."""
+
     def new_cache(self) -> KvCache:
         """An empty cache of ``max_positions`` rows in this decoder's memory."""
 
@@ -102,6 +106,18 @@ class DecoderSession(Protocol):
 
         Raises:
             EngineError: as :meth:`append`, or the id is none of the vocabulary.
+        """
+
+    def append_choices(
+        self, cache: KvCache, ids: IdArray, image_embeds: FloatArray
+    ) -> list[int]:
+        """As :meth:`append_greedy`, for every id: the likeliest next one behind each.
+
+        What serves to verify a drafted continuation: rows of ids that turn out wrong are cut
+        off with ``cache.truncate``.
+
+        Args:
+            ids: ``most_choices`` at most.
         """
 
 

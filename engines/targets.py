@@ -87,6 +87,9 @@ class Target:
             ``compute_capability`` is what they are made for elsewhere; False where it binds.
         gpu_sms: streaming multiprocessors of its GPU; None if it varies.
         gpu_ghz: the highest clock of its GPU; None if it varies.
+        own_passes: names of optional graph passes that run for it without being asked for.
+        logits_rows: most rows of logits that its decoder gives, the last ones; with more than
+            one a drafted continuation is verified in one call.
     """
 
     name: str
@@ -112,6 +115,8 @@ class Target:
     follows_gpu: bool = False
     gpu_sms: int | None = None
     gpu_ghz: float | None = None
+    own_passes: frozenset[str] = frozenset()
+    logits_rows: int = 1
 
     @property
     def memory_bytes(self) -> int | None:
@@ -341,8 +346,12 @@ TARGETS: dict[str, Target] = {
         *map(_rtx, RTX_GPUS),
         # GroupQueryAttention on a fixed cache: 0.79 to 0.93 of the append form's time on the
         # CPU (docs/passes.md); on CUDA it has not been run.
-        _onnxruntime(
-            "cpu", "ONNX Runtime on the CPU", "fp32", "CPUExecutionProvider", "fixed"
+        replace(
+            _onnxruntime(
+                "cpu", "ONNX Runtime on the CPU", "fp32", "CPUExecutionProvider", "fixed"
+            ),
+            own_passes=frozenset({"choose-greedy-token", "use-skip-rms-norm"}),
+            logits_rows=8,
         ),
         _onnxruntime(
             "cuda", "ONNX Runtime on CUDA", "fp16", "CUDAExecutionProvider", "append"

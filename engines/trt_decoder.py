@@ -27,7 +27,7 @@ from .decoder_buffers import DecoderBuffers
 from .device_cache import DeviceKvCache
 from .device_memory import ALIGNMENT, Buffer, DeviceMemory, align
 from .engine_runner import Engine, EngineRunner, Shape
-from .errors import BundleError
+from .errors import BundleError, EngineError
 from .kv_cache import CacheShape, KvCache, KvForm, cache_names
 from .manifest import NEXT_TOKEN, ModelSpec, graph_tensors
 from .prompt_chunks import PromptChunk, check_ids, split_prompt
@@ -106,6 +106,11 @@ class TrtDecoderSession:
         return self._chooses_greedily
 
     @property
+    def most_choices(self) -> int:
+        """As :attr:`DecoderSession.most_choices`."""
+        return int(self._chooses_greedily)
+
+    @property
     def replay_problem(self) -> str | None:
         """Why decode steps are not replayed as one, if they were to be; None otherwise."""
         return self._replay.problem if self._replay is not None else None
@@ -129,6 +134,17 @@ class TrtDecoderSession:
                 raise not_finite(f"the token {id_} of {self._vocab_size}")
             self._held_id = id_
         return id_
+
+    def append_choices(
+        self, cache: KvCache, ids: IdArray, image_embeds: FloatArray
+    ) -> list[int]:
+        """As :meth:`DecoderSession.append_choices`: of one id."""
+        if len(ids) > self.most_choices:
+            raise EngineError(
+                f"{len(ids)} choices were asked for, but a plan gives {self.most_choices} at "
+                "most; give fewer ids."
+            )
+        return [self.append_greedy(cache, ids, image_embeds)]
 
     @contextmanager
     def _undone_on_error(self, cache: KvCache) -> Iterator[None]:

@@ -259,6 +259,7 @@ class Compiler:
             recipe=self.resolved.recipe.name,
             graphs=graphs,
             kv_form=inputs.plan.kv_form,
+            logits_rows=inputs.plan.options.logits_rows,
             tools=tool_versions(),
             checks=checks,
             source=inputs.source,

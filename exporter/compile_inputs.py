@@ -183,6 +183,7 @@ class _Reader:
             frozenset(given.disabled_passes),
             frozenset(given.enabled_passes),
             self.listener.advance,
+            self.resolved.target.logits_rows,
         )
         facts, target = model_facts(config, model), self.resolved.target
         require_enabled(facts, target, options)

@@ -56,7 +56,7 @@ class ForcedDecoder(Protocol):
             ids: int32 [S].
 
         Returns:
-            Logits [S, V], or [1, V] of the last row alone, and of each cache tensor the new
+            Logits [S, V], or those of the last rows alone, and of each cache tensor the new
             rows [S, H_kv, head_dim].
 
         Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.kv_cache import KvForm
@@ -54,6 +54,10 @@ LAST_ROW_PASS = KeepLastRow.name
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
+INT8_ACTIVATIONS = 4
+"""``accuracy_level`` of products with 4-bit weights: activations rounded to 8 bits a block of
+the weights, which is three to five times as fast on a CPU as float32 (docs/performance.md)."""
+
 KEPT_FLOAT32 = frozenset({"logits"})
 """Inputs and outputs that stay float32 in a float16 graph."""
 
@@ -93,12 +97,14 @@ class PipelineOptions:
         disabled: names of passes to leave out.
         enabled: names of optional passes to add.
         progress: told (done, total, name) by passes that read every weight.
+        logits_rows: most rows of logits that the decoder gives, the last ones.
     """
 
     dtype: str
     disabled: frozenset[str] = frozenset()
     enabled: frozenset[str] = frozenset()
     progress: Callable[[int, int, str], None] | None = None
+    logits_rows: int = 1
 
 
 OPTIONAL: dict[str, str] = {
@@ -107,7 +113,8 @@ OPTIONAL: dict[str, str] = {
     ChooseGreedyToken.name: ChooseGreedyToken.summary,
     UseSkipRmsNorm.name: UseSkipRmsNorm.summary,
 }
-"""Passes that run only when asked for, with what they do."""
+"""Passes that run only when asked for, or where the target has them as its own (``own_passes``
+of its record), with what they do."""
 
 
 def build_pipeline(
@@ -133,7 +140,7 @@ def build_pipeline(
         *_convert(options),
         *_lower(name, facts, target, cache_form(facts, target, options)),
     ]
-    return _chosen(steps, options)
+    return _chosen(steps, replace(options, enabled=options.enabled | target.own_passes))
 
 
 def exact_steps(name: str, facts: ModelFacts, options: PipelineOptions) -> list[Step]:
@@ -143,10 +150,7 @@ def exact_steps(name: str, facts: ModelFacts, options: PipelineOptions) -> list[
         InputError: as :func:`build_pipeline`.
     """
     check_names(options.disabled, options.enabled)
-    exact = _EXACT[name](facts)
-    if name == "projector" and FusePoolIntoDepthwise.name in options.enabled:
-        exact = _fused_pool_steps(facts)
-    return _chosen([*_prepare(), *exact, *_clean_up()], options)
+    return _chosen([*_prepare(), *_EXACT[name](facts, options), *_clean_up()], options)
 
 
 def _chosen(steps: list[Step], options: PipelineOptions) -> list[Step]:
@@ -174,7 +178,7 @@ def _clean_up() -> list[Step]:
     ]
 
 
-def _vision_steps(facts: ModelFacts) -> list[Step]:
+def _vision_steps(facts: ModelFacts, options: PipelineOptions) -> list[Step]:
     layers = facts.vision_layers
     return [
         Step(
@@ -189,7 +193,12 @@ def _vision_steps(facts: ModelFacts) -> list[Step]:
     ]
 
 
-def _projector_steps(facts: ModelFacts) -> list[Step]:
+def _projector_steps(facts: ModelFacts, options: PipelineOptions) -> list[Step]:
+    fuses = FusePoolIntoDepthwise.name in options.enabled
+    return _fused_pool_steps(facts) if fuses else _split_pool_steps(facts)
+
+
+def _split_pool_steps(facts: ModelFacts) -> list[Step]:
     return [
         Step(MovePoolBeforePointwise(), Expect(int(facts.pools), "one pool")),
         Step(FoldPegSkip(), Expect(int(facts.has_peg), "one PEG")),
@@ -203,13 +212,13 @@ def _fused_pool_steps(facts: ModelFacts) -> list[Step]:
     once = Expect(int(facts.pools and facts.has_peg), "one pool with a PEG")
     first = [Step(FoldPegSkip()), Step(FusePoolIntoDepthwise(), once)]
     replaced = (MovePoolBeforePointwise, FoldPegSkip)
-    return first + [s for s in _projector_steps(facts) if not isinstance(s.rewrite, replaced)]
+    return first + [s for s in _split_pool_steps(facts) if not isinstance(s.rewrite, replaced)]
 
 
-def _decoder_steps(facts: ModelFacts) -> list[Step]:
+def _decoder_steps(facts: ModelFacts, options: PipelineOptions) -> list[Step]:
     layers = facts.decoder_layers
     return [
-        Step(KeepLastRow(), Expect(1, "one output of logits")),
+        Step(KeepLastRow(count=options.logits_rows), Expect(1, "one output of logits")),
         Step(ConstantRotaryTables(facts.positions)),
         Step(FoldRotarySign(), Expect(2 * layers, "query and key of each layer")),
         Step(FoldRmsNormWeight(), Expect(2 * layers + 1, "two a layer and the last")),
@@ -219,7 +228,7 @@ def _decoder_steps(facts: ModelFacts) -> list[Step]:
     ]
 
 
-_EXACT: dict[str, Callable[[ModelFacts], list[Step]]] = {
+_EXACT: dict[str, Callable[[ModelFacts, PipelineOptions], list[Step]]] = {
     "vision_encoder": _vision_steps,
     "projector": _projector_steps,
     "decoder": _decoder_steps,
@@ -257,7 +266,8 @@ def _lower(name: str, facts: ModelFacts, target: Target, form: KvForm) -> list[S
         rewrite = _fixed_form(target)(facts.positions)
         steps.append(Step(rewrite, Expect(facts.decoder_layers, "one a layer")))
     if has_contrib:
-        steps += [Step(UseMatMulNBits()), Step(UseSkipRmsNorm())]
+        steps += [Step(UseMatMulNBits(INT8_ACTIVATIONS)), Step(UseSkipRmsNorm())]
+        steps.append(Step(CleanLayout()))
     if name == "decoder":
         steps.append(Step(ChooseGreedyToken()))
     return [*steps, Step(MergeDuplicateConstants()), Step(RemoveDeadCode())]

@@ -14,6 +14,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from mvlm_export.engines.manifest import LAST_ROWS
+
 from ..base import Pass, PassResult, Tally, Tensors
 from ..editing import insert_node, producer
 from ..matching import is_op
@@ -24,7 +26,7 @@ NOT_FINITE = -1
 
 @dataclass(frozen=True)
 class ChooseGreedyToken(Pass):
-    """An output ``next_token`` int64 [1] beside ``logits`` [1, V].
+    """An output ``next_token`` int64 [1] beside ``logits`` [1, V], or [R] beside [R, V].
 
     Attributes:
         logits_name: the output to choose from.
@@ -63,7 +65,7 @@ class ChooseGreedyToken(Pass):
     def _choose(self, graph: gs.Graph, logits: gs.Variable) -> gs.Variable:
         stem, attrs = self.token_name, {"axis": -1, "keepdims": 0, "select_last_index": 0}
         likeliest = insert_node(
-            graph, "ArgMax", [logits], shape=[1], dtype=np.int64, attrs=attrs,
+            graph, "ArgMax", [logits], shape=logits.shape[:1], dtype=np.int64, attrs=attrs,
             stem=f"{stem}_likeliest",
         )  # fmt: skip
         bad = self._not_finite(graph, logits)
@@ -71,7 +73,7 @@ class ChooseGreedyToken(Pass):
         return insert_node(graph, "Where", [bad, replaced, likeliest], likeliest, stem=stem)
 
     def _not_finite(self, graph: gs.Graph, logits: gs.Variable) -> gs.Variable:
-        """bool [1]: whether any of the logits is NaN or infinite."""
+        """bool [1] or [R]: whether any of the row's logits is NaN or infinite."""
         stem, row = f"{self.token_name}_not_finite", logits.shape
         nan = insert_node(graph, "IsNaN", [logits], shape=row, dtype=bool, stem=stem)
         inf = insert_node(graph, "IsInf", [logits], shape=row, dtype=bool, stem=stem)
@@ -80,8 +82,8 @@ class ChooseGreedyToken(Pass):
         to_int, to_bool = {"to": int(TensorProto.INT32)}, {"to": int(TensorProto.BOOL)}
         count = insert_node(graph, "Cast", [bad], bad, dtype=np.int32, attrs=to_int, stem=stem)
         most = insert_node(
-            graph, "ReduceMax", [count, np.array([1], np.int64)], shape=[1], dtype=np.int32,
-            attrs={"keepdims": 0}, stem=stem,
+            graph, "ReduceMax", [count, np.array([1], np.int64)], shape=row[:1],
+            dtype=np.int32, attrs={"keepdims": 0}, stem=stem,
         )  # fmt: skip
         return insert_node(graph, "Cast", [most], most, dtype=bool, attrs=to_bool, stem=stem)
 
@@ -90,7 +92,8 @@ class ChooseGreedyToken(Pass):
         return any(is_op(producer(t), "Where") for t in tokens)
 
     def _problem(self, graph: gs.Graph, logits: gs.Variable) -> str | None:
-        if logits.shape is None or len(logits.shape) != 2 or logits.shape[0] != 1:
+        rows = (1, LAST_ROWS)
+        if logits.shape is None or len(logits.shape) != 2 or logits.shape[0] not in rows:
             return (
                 f"{logits.name!r} is {logits.shape}, not one row [1, V]; keep-last-row must "
                 "go before"

@@ -8,7 +8,8 @@ It rotates q and k by halves, x * cos + [-x2, x1] * sin, at positions T to T + S
 and v behind the T filled rows of the cache, in place if past and present share memory, and
 attends causally to the T + S filled rows alone. The captured tables hold each angle twice (D
 columns, two equal halves, or the sine's first half negated where the sign was folded into it);
-the operator takes the second half.
+the operator takes the second half. Where q, k and v are the three parts of one product, in
+this order, it takes the product itself, [1, S, (H + 2 H_kv) * D], and the Split goes.
 
 Semantics and limits: ContribOperators.md of ONNX Runtime, and its CPU kernel, which takes D in
 multiples of 16, float and float16, and S > 1 with T > 0 for a batch of one.
@@ -23,7 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from ..deferred import Array, derive, values_of
-from ..editing import fresh_name, insert_node, replace_tensor
+from ..editing import fresh_name, insert_node, producer, replace_tensor
 from ..matching import Match, any_, cast, match_tensor, one_of, op
 from .decoder_attention import AttentionBlock, is_positions
 from .fixed_cache import FixedCachePass, make_present
@@ -129,10 +130,12 @@ class UseGroupQueryAttention(FixedCachePass):
         parameters: list[gs.Tensor],
     ) -> None:
         heads, kv_heads, head_dim = block.heads
-        flat = [
-            insert_node(graph, "Reshape", [t, np.array([1, -1, t.shape[1] * head_dim])])
-            for t in operands
-        ]
+        whole = _split_source(operands)
+        flat: list[gs.Tensor] = [gs.Variable.empty(), gs.Variable.empty()]
+        if whole is not None:
+            flat.insert(0, _in_rows(graph, whole, (heads + 2 * kv_heads) * head_dim))
+        else:
+            flat = [_in_rows(graph, t, t.shape[1] * head_dim) for t in operands]
         presents = [make_present(graph, rows, self.capacity) for rows in block.rows]
         name = fresh_name(graph, "group_query_attention")
         shape = [1, block.query.shape[0], heads * head_dim]
@@ -152,6 +155,26 @@ class UseGroupQueryAttention(FixedCachePass):
         written = super()._written(cache, rows, filled)
         written[0, :, filled + len(rows) :] = 0
         return written
+
+
+def _in_rows(graph: gs.Graph, tensor: gs.Variable, width: int) -> gs.Variable:
+    """Rows [S, ...] as [1, S, width]."""
+    return insert_node(graph, "Reshape", [tensor, np.array([1, -1, width])])
+
+
+def _split_source(operands: list[gs.Variable]) -> gs.Variable | None:
+    """What query, key and value [S, heads, D] are the parts of, if they are all of it."""
+    parts = []
+    for tensor in operands:
+        node = producer(tensor)
+        if node is None or node.op != "Reshape" or len(node.inputs[0].shape or ()) != 2:
+            return None
+        parts.append(node.inputs[0])
+    split = producer(parts[0])
+    if split is None or split.op != "Split" or split.attrs.get("axis", 0) not in (-1, 1):
+        return None
+    in_order = [id(part) for part in split.outputs] == [id(part) for part in parts]
+    return split.inputs[0] if in_order else None
 
 
 def _find_rotation(tensor: gs.Variable) -> _Rotation | str:

@@ -20,7 +20,14 @@ from mvlm_export.passes.pipeline import (
     require_enabled,
 )
 from mvlm_export.passes.verify import IdRange, OrtVerifier
-from tests.passes.graphs import nano_config, nano_graph, tiny_config, tiny_graph
+from tests.passes.graphs import (
+    nano_config,
+    nano_graph,
+    random_feeds,
+    run_graph,
+    tiny_config,
+    tiny_graph,
+)
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GRAPHS = ("vision_encoder", "projector", "decoder")
@@ -29,6 +36,7 @@ FORMS = {
     "orin": get_target("orin"),
     "orin-7": get_target("orin", 7),
     "rtx": get_target("rtx"),
+    "cuda": get_target("cuda"),
     "cpu-append": replace(get_target("cpu"), kv_form="append"),
 }
 
@@ -145,11 +153,11 @@ def test_vision_encoders(changes):
 def test_optional_passes_run_when_asked_for():
     config = tiny_config()
     asked = {"choose-greedy-token", "use-skip-rms-norm"}
-    without = counts(run_pipeline("decoder", tiny_graph("decoder"), config, FORMS["cpu"]))
+    without = counts(run_pipeline("decoder", tiny_graph("decoder"), config, FORMS["cuda"]))
     assert not asked & set(without)
     graph = tiny_graph("decoder")
     done = counts(
-        run_pipeline("decoder", graph, config, FORMS["cpu"], enabled=frozenset(asked))
+        run_pipeline("decoder", graph, config, FORMS["cuda"], enabled=frozenset(asked))
     )
     assert asked <= set(done)
     assert "next_token" in [tensor.name for tensor in graph.outputs]
@@ -230,6 +238,27 @@ def test_an_enabled_pass_must_have_a_place():
     require_enabled(facts, FORMS["cpu"], options)
     with pytest.raises(InputError, match="'use-skip-rms-norm' is not for target 'orin'"):
         require_enabled(facts, FORMS["orin"], options)
+
+
+def test_a_target_has_passes_of_its_own():
+    own = FORMS["cpu"].own_passes
+    config = tiny_config()
+    done = counts(run_pipeline("decoder", tiny_graph("decoder"), config, FORMS["cpu"]))
+    assert own == {"choose-greedy-token", "use-skip-rms-norm"} <= set(done)
+    less = run_pipeline("decoder", tiny_graph("decoder"), config, FORMS["cpu"], disabled=own)
+    assert not own & set(counts(less))
+
+
+@pytest.mark.parametrize("new", [1, 3, 9])
+def test_the_last_few_rows_of_logits(new):
+    graph, config = tiny_graph("decoder"), tiny_config()
+    run_pipeline("decoder", graph, config, FORMS["cpu"], logits_rows=4)
+    assert graph.outputs[0].shape == ["R", 320]
+    outputs = run_graph(graph, random_feeds(graph, {"S": new}, input_ids=320))
+    rows = min(new, 4)
+    assert outputs["logits"].shape == (rows, 320)
+    chosen = outputs["logits"].argmax(axis=-1)
+    np.testing.assert_array_equal(outputs["next_token"], chosen)
 
 
 def test_every_pass_has_a_name_of_its_own_and_a_summary():
