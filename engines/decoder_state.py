@@ -7,7 +7,7 @@ with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -114,6 +114,11 @@ class DecoderState:
         """As :attr:`DecoderSession.chooses_greedily`."""
         return self._decoder.chooses_greedily
 
+    @property
+    def most_choices(self) -> int:
+        """As :attr:`DecoderSession.most_choices`."""
+        return self._decoder.most_choices
+
     def prefill(self, prompt: PromptIds, image_embeds: FloatArray) -> Float32Array:
         """Run what the cache lacks of the prompt: logits [V] of its last row."""
         ids = self._note(prompt.ids[self.cache.length :])
@@ -128,6 +133,25 @@ class DecoderState:
         """Run one generated token: the likeliest next one; see ``chooses_greedily``."""
         ids = self._note(np.array([id_], np.int32))
         return self._decoder.append_greedy(self.cache, ids, image_embeds[:1])
+
+    def decode_guess(self, ids: Sequence[int], image_embeds: FloatArray) -> list[int]:
+        """Run a generated token and guesses of what follows it: ids that are chosen indeed.
+
+        Args:
+            ids: the token, then the guesses; ``most_choices`` in all at most.
+
+        Returns:
+            The guesses that are right, up to the first wrong one, and the id behind them; rows
+            of the others are dropped.
+        """
+        chosen = self._decoder.append_choices(
+            self.cache, self._note(np.array(ids, np.int32)), image_embeds[:1]
+        )
+        right = 0
+        while right < len(ids) - 1 and ids[right + 1] == chosen[right]:
+            right += 1
+        self.cache.truncate(self.cache.length - (len(ids) - 1 - right))
+        return chosen[: right + 1]
 
     def _note(self, ids: IdArray) -> IdArray:
         # Written before the run: whatever interrupts it, ids[:length] are those in the cache.

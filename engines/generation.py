@@ -15,6 +15,7 @@ from .decoder_state import DecoderState, Digests, KeptRows
 from .errors import InputError
 from .image_encoder import ImageRows
 from .prompt import PromptIds
+from .prompt_lookup import GreedySteps
 from .sampling import Sampler, SamplingParams
 from .session import FloatArray
 from .timings import PhaseClock, Timings
@@ -181,6 +182,7 @@ class _Run:
         self._text: list[str] = []
         self._reason: FinishReason = "interrupted"
         self._first_token_at = 0.0
+        self._greedy: GreedySteps | None = None
         self.answer: Answer | None = None
 
     def deltas(self) -> Generator[str, None, None]:
@@ -210,9 +212,12 @@ class _Run:
         sampler = Sampler(request.params, prompt_ids[prompt_ids < model.vocab_size].tolist())
         scanner = StopScanner(request.params.stop)
         text_decoder = StreamDecoder(model.tokenizer)
-        greedy = request.params.is_greedy and state.chooses_greedily
         with clock.phase("prefill"):
             id_ = sampler.choose(state.prefill(request.prompt, image_embeds))
+            if request.params.is_greedy and state.chooses_greedily:
+                seen = [*prompt_ids.tolist(), id_]
+                most = request.params.draft_tokens
+                self._greedy = GreedySteps(state, seen, image_embeds, model.vocab_size, most)
         self._first_token_at = clock.elapsed()
         while True:
             self._ids.append(id_)
@@ -230,8 +235,8 @@ class _Run:
             if ends:
                 return
             with clock.phase("decode"):
-                if greedy:
-                    id_ = state.decode_greedily(id_, image_embeds)
+                if self._greedy is not None:
+                    id_ = self._greedy.next_id(request.limit - len(self._ids))
                 else:
                     id_ = sampler.choose(state.decode_one_token(id_, image_embeds))
 
@@ -245,6 +250,8 @@ class _Run:
             cached_tokens=kept.count,
             prefix_tokens=kept.from_prefix,
             decode_tokens=len(self._ids) - 1,
+            guessed_tokens=self._greedy.guessed if self._greedy is not None else 0,
+            kept_guesses=self._greedy.kept if self._greedy is not None else 0,
             images=self._request.new_images,
             images_reused=images.reused,
         )

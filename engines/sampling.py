@@ -35,6 +35,9 @@ class SamplingParams:
         seed: of the random numbers; None draws a new one each time.
         stop: texts that end the answer and are no part of it.
         ignore_eos: go on after the model's own end, up to ``max_tokens`` (for benchmarks).
+        draft_tokens: most tokens that a greedy step may look up in the text so far and check
+            together with its own; 0 for none, None for as many as pay. See
+            ``engines.prompt_lookup``.
     """
 
     max_tokens: int = 256
@@ -46,10 +49,14 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens", self.max_tokens, 1, "the most tokens to generate")
         _check_integer("top_k", self.top_k, 0, "the number of tokens to keep, 0 for all")
+        if self.draft_tokens is not None:
+            meaning = "the most tokens to look up, or None for as many as pay"
+            _check_integer("draft_tokens", self.draft_tokens, 0, meaning)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, "or None for a new one each time")
         for name, holds, meaning in _NUMBERS:

@@ -30,6 +30,8 @@ class Timings:
         images: pictures given with this question.
         images_reused: those of them whose image rows were kept from an earlier question, so
             that vision encoder and projector did not run for them.
+        guessed_tokens: that were looked up in the text so far and run together with a token.
+        kept_guesses: those of them that were right; they are among ``decode_tokens``.
     """
 
     load: float
@@ -46,6 +48,8 @@ class Timings:
     decode_tokens: int
     images: int
     images_reused: int
+    guessed_tokens: int = 0
+    kept_guesses: int = 0
 
     @property
     def decode_tokens_per_second(self) -> float:

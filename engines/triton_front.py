@@ -50,6 +50,7 @@ SETTINGS = (
     FrontTensor("min_p", "TYPE_FP64", optional=True),
     FrontTensor("repetition_penalty", "TYPE_FP64", optional=True),
     FrontTensor("seed", "TYPE_INT64", optional=True),
+    FrontTensor("draft_tokens", "TYPE_INT32", optional=True),
     FrontTensor("stop", "TYPE_STRING", -1, optional=True),
 )
 """Inputs that are fields of ``SamplingParams``; one that is not sent has its default."""

@@ -27,6 +27,12 @@ _SAMPLING = (
         "--repetition-penalty", type=float, default=1.0, show_default=True, help="1 is none."
     ),
     click.option("--seed", type=int, help="Repeats a sampled answer."),
+    click.option(
+        "--draft-tokens",
+        type=int,
+        help="Most tokens that a greedy step looks up in the text so far and checks at once; "
+        "0 for none. Default: as many as pay.",
+    ),
     click.option("--stop", multiple=True, help="Text that ends the answer. May repeat."),
 )
 
@@ -96,8 +102,15 @@ def timing_line(answer: Answer) -> str:
         f"projector {t.projector * 1e3:.1f} ms{reused}, "
         f"prefill {t.prefill * 1e3:.1f} ms ({_prefill_counts(t)}), "
         f"first token {t.time_to_first_token * 1e3:.1f} ms, "
-        f"decode {t.decode_tokens_per_second:.1f} tokens/s ({t.decode_tokens} tokens)"
+        f"decode {t.decode_tokens_per_second:.1f} tokens/s ({_decode_counts(t)})"
     )
+
+
+def _decode_counts(t: Timings) -> str:
+    """``30 tokens, 12 of 14 looked up``."""
+    if not t.guessed_tokens:
+        return f"{t.decode_tokens} tokens"
+    return f"{t.decode_tokens} tokens, {t.kept_guesses} of {t.guessed_tokens} looked up"
 
 
 def _prefill_counts(t: Timings) -> str:
