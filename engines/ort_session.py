@@ -19,6 +19,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BundleError, EngineError, InputError
+from .huge_pages import current_spans, use_huge_pages
 from .kv_cache import (
     KV_FORMS,
     CacheArray,
@@ -118,6 +119,7 @@ class OrtBackend:
         options = session_options(self._ort, self._threads)
         options.enable_mem_pattern = memory_patterns
         path: Path = self._bundle.graph_path(name)
+        before = current_spans()
         with ort_errors(self._ort, name, "load"):
             session = self._ort.InferenceSession(
                 str(path), options, providers=[self._provider.name]
@@ -129,6 +131,8 @@ class OrtBackend:
                 "with `nvidia-smi` and that CUDA and cuDNN are of the versions ONNX Runtime "
                 f"{self._ort.__version__} was built for, or run with provider 'cpu'."
             )
+        if self._provider.device == "cpu":
+            use_huge_pages(before)
         return session
 
 
