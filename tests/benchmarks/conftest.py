@@ -10,7 +10,8 @@ from mvlm_export.exporter.graphs import bind_weights, capture_graph
 from mvlm_export.exporter.models.components import build_component
 from tests.helpers import tiny_config_json
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "gpu")]
 
 
 @pytest.fixture(scope="session")
