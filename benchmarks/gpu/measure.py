@@ -1,7 +1,7 @@
 """The steps of a run on a GPU; ``run.sh`` calls this once things are set up.
 
-Every step writes ``results/STEP.json`` in the work folder, whatever fails; what an earlier step
-made there is used again. See README.md beside the other benchmarks.
+Every step writes ``results/STEP.json`` in the work folder, whatever fails in it; what an
+earlier step made there is used again. See ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ from typing import Any
 
 from cases import CASES, FALLBACKS, Case
 from race import Contestant, open_contestant, race
-from recorder import Budget, Recorder
+from recorder import Budget, Recorder, run_command
 from table import read_records, report
 
+from mvlm_export.engines.bundle import REPORT, Bundle
 from mvlm_export.engines.doctor import examine
+from mvlm_export.engines.gpu_probe import probe_gpu
+from mvlm_export.engines.trt_session import has_plans
 from mvlm_export.exporter.cli.bench_command import QUESTION, default_image
 
 HERE = Path(__file__).resolve().parent
 MVLM = (sys.executable, "-c", "from mvlm_export.exporter.cli.main import main; main()")
-EXPORT = (sys.executable, "-c", "from mvlm_export.exporter.cli.main import export_main as m; m()")
+EXPORT = (
+    sys.executable,
+    "-c",
+    "from mvlm_export.exporter.cli.main import export_main as m; m()",
+)
 WRITE_CHECKPOINT = (
     "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
     "from random_checkpoint import write_random_checkpoint; "
@@ -116,15 +123,22 @@ def write_checkpoint(case: Case, given: argparse.Namespace, recorder: Recorder) 
 
 
 def prepare(case: Case, given: argparse.Namespace, recorder: Recorder) -> None:
-    """Weights, graphs and plans; graphs for ONNX Runtime where no plan can be had."""
-    if write_checkpoint(case, given, recorder) and not export(case, "rtx", given, recorder):
-        export(case, FALLBACKS[given.device], given, recorder)
+    """Weights, graphs and plans; graphs for ONNX Runtime too where no plan is for this GPU."""
+    if not write_checkpoint(case, given, recorder):
+        return
+    made = export(case, "rtx", given, recorder)
+    if made and has_plans(Bundle.load(case.bundle(given.work, "rtx"), False), probe_gpu()):
+        return
+    recorder.note("remark", "TensorRT-RTX gave no plans for this machine's GPU")
+    export(case, FALLBACKS[given.device], given, recorder)
 
 
 def compare(case: Case, given: argparse.Namespace, recorder: Recorder) -> None:
     """``mvlm parity`` of each bundle that is there."""
-    known = subprocess.run([*MVLM, "parity", "--help"], capture_output=True, text=True)
-    knows_backend = "--backend" in known.stdout
+    known = recorder.attempt(
+        "ask what parity can do", lambda: run_command([*MVLM, "parity", "--help"], 60.0)
+    )
+    knows_backend = "--backend" in (known or "")
     for target in ("rtx", FALLBACKS[given.device]):
         bundle = case.bundle(given.work, target)
         if not bundle.is_dir():
@@ -137,10 +151,9 @@ def compare(case: Case, given: argparse.Namespace, recorder: Recorder) -> None:
             what += ", its plans"
         else:
             what += ", its graphs in ONNX Runtime on the CPU"
-        place = given.work / "results" / f"{case.name}-{target}.parity"
-        if recorder.run(what, command, place):
-            recorder.note(f"parity_{target}", json.loads(place.read_text(encoding="utf-8")))
-            place.unlink()
+        recorder.run(what, command)
+        figures = json.loads((bundle / REPORT).read_text(encoding="utf-8"))
+        recorder.note(f"parity_{target}", figures.get("parity"))
     if not knows_backend:
         recorder.note("remark", "`mvlm parity` has no --backend here: plans were not compared")
 
@@ -194,8 +207,6 @@ def open_ours(case: Case, given: argparse.Namespace, recorder: Recorder) -> list
 
 def foreign_capabilities(bundle: Path) -> list[str]:
     """Compute capabilities that a bundle has plans for, where a GPU of another one is here."""
-    from mvlm_export.engines.gpu_probe import probe_gpu
-
     here = probe_gpu().compute_capability
     folders = sorted(path.name for path in (bundle / "engines").glob("*-sm*"))
     numbers = [folder.rpartition("-sm")[2] for folder in folders]

@@ -106,17 +106,20 @@ def try_capability(capability: str) -> dict[str, Any]:
 
 
 def _outcome(capability: str, stage: str, said: str) -> dict[str, Any]:
-    built = {
-        "build": "not built",
-        "load": "built, not loaded",
-        "run": "built, loaded, not run",
-    }
     return {
         "capability": capability,
         "runs": False,
         "stage": stage,
-        "outcome": f"{built[stage]}: {said}",
+        "outcome": f"{_REACHED[stage]}: {said}",
     }
+
+
+_REACHED = {
+    "build": "not built",
+    "load": "built, not loaded",
+    "run": "built and loaded, not run",
+}
+"""In words, by the stage that failed."""
 
 
 def try_apart(capability: str) -> dict[str, Any]:

@@ -133,20 +133,16 @@ def run_command(command: Sequence[str], limit: float) -> str:
     if limit <= 0:
         raise AttemptError("not started: the step's time was used up")
     try:
-        done = subprocess.run(
-            list(command), capture_output=True, text=True, check=False, timeout=limit
-        )
+        done = subprocess.run(list(command), capture_output=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired as late:
-        said = late.stderr.decode(errors="replace") if isinstance(late.stderr, bytes) else ""
-        raise AttemptError(
-            f"ended after {limit:.0f} s without a result\n{tail(said)}"
-        ) from None
+        said = tail((late.stderr or b"").decode(errors="replace"))
+        raise AttemptError(f"ended after {limit:.0f} s without a result\n{said}") from late
     except OSError as error:
         raise AttemptError(f"cannot be started: {error}") from error
+    out, said = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
     if done.returncode:
-        said = tail(done.stderr) or tail(done.stdout)
-        raise AttemptError(f"exit code {done.returncode}\n{said}")
-    return done.stdout
+        raise AttemptError(f"exit code {done.returncode}\n{tail(said) or tail(out)}")
+    return out
 
 
 def tail(text: str, lines: int = TAIL) -> str:

@@ -12,6 +12,7 @@ Record = Mapping[str, Any]
 
 PEERS = ("torch-eager", "torch-compile")
 PHASES = ("vision", "projector", "prefill", "time_to_first_token", "total")
+REMARKS = ("stopped_early", "remark")
 HEAD = ("", *(f"{name.replace('_', ' ')} ms" for name in PHASES), "decode tok/s", "tok/s")
 
 
@@ -74,11 +75,13 @@ def report(records: Mapping[str, Record]) -> str:
         lines = [f"== {step}: {device}, {record.get('date', 'no date')}"]
         if record.get("contestants"):
             lines.append(compare(record["contestants"]))
-        lines += [
-            f"{key}: {record[key]}" for key in ("stopped_early", "remark") if key in record
-        ]
+        lines += [f"{key}: {record[key]}" for key in REMARKS if key in record]
         for found in record.get("capabilities", []):
             lines.append(f"  {found['capability']}: {found['outcome']}")
+        for key, found in record.items():
+            if key.startswith("parity_") and found is not None:
+                verdict = "passed" if found["passed"] else "; ".join(found["failures"])
+                lines.append(f"{key.replace('_', ' of ')}: {verdict}")
         for attempt in record.get("attempts", []):
             if attempt["error"] is not None:
                 lines.append(f"FAILED {attempt['what']} ({attempt['seconds']} s):")

@@ -43,7 +43,7 @@ def test_it_answers_as_the_runtime_does(ours):
 
 
 def test_a_grouped_decoder_gives_the_same_tokens_as_the_definition(tiny):
-    """Random weights with two key heads for four query heads, every token by way of the cache."""
+    """Random weights, two key heads for four query heads, each token by way of the cache."""
     decoder, _ = tiny("decoder")
     assert isinstance(decoder, LlamaDecoder)
     text = decoder.config
