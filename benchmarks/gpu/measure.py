@@ -20,7 +20,7 @@ from typing import Any
 from cases import CASES, FALLBACKS, Case
 from race import Contestant, open_contestant, race
 from recorder import Budget, Recorder, run_command
-from table import read_records, report
+from table import PEERS, read_records, report
 
 from mvlm_export.engines.bundle import REPORT, Bundle
 from mvlm_export.engines.doctor import examine
@@ -174,13 +174,17 @@ def contestant(
 
 def bench(case: Case, given: argparse.Namespace, recorder: Recorder) -> None:
     """Plans, ONNX Runtime where plans are refused, and both PyTorch peers, in turn."""
-    ours = open_ours(case, given, recorder)
     dtype = "float16" if given.device == "cuda" else "float32"
     options = ("--checkpoint", str(case.checkpoint(given.work)), "--dtype", dtype)
-    peers = [contestant(k, case, given, *options) for k in ("torch-eager", "torch-compile")]
-    for peer in peers:
-        open_contestant(peer, recorder, device_memory)
-    recorder.note("contestants", race([*ours, *peers], given.runs, recorder))
+    racers = open_ours(case, given, recorder)
+    try:
+        for kind in PEERS:
+            racers.append(contestant(kind, case, given, *options))
+            open_contestant(racers[-1], recorder, device_memory)
+        recorder.note("contestants", race(racers, given.runs, recorder))
+    finally:
+        for racer in racers:
+            racer.close()
 
 
 def open_ours(case: Case, given: argparse.Namespace, recorder: Recorder) -> list[Contestant]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recorder import AttemptError, Recorder, tail
+from recorder import AttemptError, Recorder, end, tail
 
 Answers = list[dict[str, Any]]
 
@@ -56,6 +56,7 @@ class Contestant:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                start_new_session=True,
             )
         self.ready = self._read("ready", limit)
 
@@ -76,8 +77,7 @@ class Contestant:
     def close(self) -> None:
         """End it, if it runs."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            end(self._process)
             self._process = None
 
     def _read(self, wanted: str, limit: float) -> dict[str, Any]:
@@ -149,10 +149,7 @@ def race(contestants: Sequence[Contestant], runs: int, recorder: Recorder) -> di
             if not _answer(contestant, recorder):
                 running.remove(contestant)
         longest = max(longest, time.monotonic() - started)
-    found = {c.name: summarise(c) for c in contestants if c.answers}
-    for contestant in contestants:
-        contestant.close()
-    return found
+    return {c.name: summarise(c) for c in contestants if c.answers}
 
 
 def _answer(contestant: Contestant, recorder: Recorder) -> bool:

@@ -7,9 +7,12 @@ when the step is cut off.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,16 +136,34 @@ def run_command(command: Sequence[str], limit: float) -> str:
     if limit <= 0:
         raise AttemptError("not started: the step's time was used up")
     try:
-        done = subprocess.run(list(command), capture_output=True, check=False, timeout=limit)
-    except subprocess.TimeoutExpired as late:
-        said = tail((late.stderr or b"").decode(errors="replace"))
-        raise AttemptError(f"ended after {limit:.0f} s without a result\n{said}") from late
+        process = subprocess.Popen(
+            list(command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
     except OSError as error:
         raise AttemptError(f"cannot be started: {error}") from error
-    out, said = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-    if done.returncode:
-        raise AttemptError(f"exit code {done.returncode}\n{tail(said) or tail(out)}")
-    return out
+    try:
+        output, said = (
+            text.decode(errors="replace") for text in process.communicate(None, limit)
+        )
+    except subprocess.TimeoutExpired as late:
+        said = tail(end(process)[1].decode(errors="replace"))
+        raise AttemptError(f"ended after {limit:.0f} s without a result\n{said}") from late
+    except BaseException:
+        end(process)
+        raise
+    if process.returncode:
+        raise AttemptError(f"exit code {process.returncode}\n{tail(said) or tail(output)}")
+    return output
+
+
+def end(process: subprocess.Popen[Any]) -> tuple[Any, Any]:
+    """Kill a process that leads a session, and all that it started; the rest of its output."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()
 
 
 def tail(text: str, lines: int = TAIL) -> str:

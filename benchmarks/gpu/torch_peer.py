@@ -199,13 +199,13 @@ class TorchPeer:
             embeds = self._project(features).flatten(0, 1)
         with self._phase(seconds, "prefill"):
             ids = torch.from_numpy(self.prompt.astype(np.int64)).to(self.device)
-            token = self._prefill(ids, embeds).clone()
+            token = self._prefill(ids, embeds)
             answer = [int(token)]
         seconds["time_to_first_token"] = time.perf_counter() - begun
         position = torch.full((1,), len(self.prompt), device=self.device)
         with self._phase(seconds, "decode"):
             while len(answer) < self.new_tokens:
-                token.copy_(self._decode(token, position))
+                token = self._decode(token, position)
                 position += 1
                 answer.append(int(token))
         seconds["total"] = time.perf_counter() - begun
@@ -242,4 +242,10 @@ def _leave(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def call(*tensors: Tensor) -> Tensor:
+        # What a CUDA graph gives is overwritten by the next graph's run.
+        return compiled(*tensors).clone()
+
+    return call
