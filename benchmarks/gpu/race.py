@@ -21,6 +21,9 @@ from recorder import AttemptError, Recorder, end, tail
 
 Answers = list[dict[str, Any]]
 
+OPENING_SHARE = 0.7
+"""Of the time that is left, what one contestant may take to open: others must race too."""
+
 
 @dataclass
 class Contestant:
@@ -121,7 +124,7 @@ def open_contestant(
         Whether it is ready.
     """
     before = device_memory()
-    limit = recorder.budget.left
+    limit = OPENING_SHARE * recorder.budget.left
     recorder.attempt(
         f"open {contestant.name}", lambda: contestant.open(limit), contestant.command
     )

@@ -104,9 +104,14 @@ def test_a_race_goes_on_without_those_that_refuse_or_die(recorder, tmp_path):
 
 
 def test_one_that_hangs_is_ended(tmp_path):
-    recorder = Recorder(tmp_path / "step.json", {}, Budget(0.5))
+    """In time for the others to race."""
+    recorder = Recorder(tmp_path / "step.json", {}, Budget(20))
+    quick = fake(tmp_path, "runs")
+    assert open_contestant(quick, recorder, lambda: None)
     assert not open_contestant(fake(tmp_path, "hangs"), recorder, lambda: None)
-    assert recorder.attempts[0].error.startswith("ended after")
+    assert recorder.attempts[1].error.startswith("ended after")
+    assert race([quick], 1, recorder)["runs"]["runs"] == 1
+    quick.close()
 
 
 def test_device_memory_is_what_opening_took(recorder, tmp_path):
