@@ -19,7 +19,7 @@ from .session import FloatArray
 LONGEST, SHORTEST = 3, 2
 """Tokens that must agree before anything is guessed: the longest run counts first."""
 
-STEP_COSTS = (1.0, 1.12, 1.45, 1.7, 2.0, 2.3, 2.6, 2.9)
+STEP_COSTS = (1.0, 1.15, 1.8, 2.0, 2.3, 2.45, 3.0, 3.1)
 """What a decode step of 1, 2, ... rows takes, in steps of one row.
 
 Measured for 4-bit weights with ONNX Runtime on two CPU cores (docs/performance.md).
