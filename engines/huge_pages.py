@@ -22,7 +22,8 @@ HUGE_PAGE = 2 << 20
 """Bytes; of x86-64, and of aarch64 with pages of 4 KiB."""
 
 _MADV_COLLAPSE = 25
-_PRESENT = np.uint64(1 << 63)
+_OWN = np.uint64(1 << 63 | 1 << 56)
+"""Of a page's entry in ``/proc/self/pagemap``: in memory, and mapped by this process alone."""
 _MAPS, _PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 
 Span = tuple[int, int]
@@ -67,7 +68,11 @@ def use_huge_pages(before: frozenset[Span]) -> int:
 
 
 def _filled(span: Span) -> Iterator[Span]:
-    """The parts of a span, in whole large pages, of which every page is in memory."""
+    """The parts of a span, in whole large pages, of which every page is in memory.
+
+    A page that was read but never written is the kernel's own page of zeros, and one that a
+    forked process shares is not ours alone: a large page instead would add memory.
+    """
     first = -(-span[0] // HUGE_PAGE) * HUGE_PAGE
     count = (span[1] - first) // HUGE_PAGE
     if count < 1:
@@ -79,9 +84,10 @@ def _filled(span: Span) -> Iterator[Span]:
             entries = pagemap.read(count * HUGE_PAGE // page * 8)
     except OSError:  # not readable for this user
         return
-    count = len(entries) * page // 8 // HUGE_PAGE
-    pages = np.frombuffer(entries, np.uint64, count * HUGE_PAGE // page).reshape(count, -1)
-    whole = np.all(pages & _PRESENT, axis=1)
+    small = HUGE_PAGE // page
+    count = len(entries) // 8 // small  # none where the system gives less than was asked for
+    pages = np.frombuffer(entries[: count * small * 8], np.uint64).reshape(count, small)
+    whole = np.all(pages & _OWN == _OWN, axis=1)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], whole, [False]]).astype(np.int8)))
     for start, stop in edges.reshape(-1, 2).tolist():
         yield first + start * HUGE_PAGE, first + stop * HUGE_PAGE
