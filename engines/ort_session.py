@@ -299,13 +299,14 @@ class OrtDecoder:
         bound = self._bound.get(id(binding))
         if cache.shape.form == "fixed" and bound is not None and bound() is cache:
             return
-        self._bound[id(binding)] = weakref.ref(cache)
+        self._bound.pop(id(binding), None)  # until all is bound
         device, dtype = self._device, np.dtype(self._shape.dtype).type
         past, new = cache.past_shape, cache.new_shape(count)
         for n, name in enumerate(self._past):
             binding.bind_input(name, device, 0, dtype, past, cache.past_address(n))
         for n, name in enumerate(self._present):
             binding.bind_output(name, device, 0, dtype, new, cache.new_address(n))
+        self._bound[id(binding)] = weakref.ref(cache)
 
 
 class OrtKvCache(KvCache):
