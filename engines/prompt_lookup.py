@@ -121,7 +121,8 @@ class GreedySteps:
         most: tokens that a step may guess; None for as many as the decoder takes.
 
     Attributes:
-        guessed, kept: tokens that were guessed and run, and those of them that were right.
+        guessed: tokens that were guessed and run.
+        kept: those of them that were right and have been given out by :meth:`next_id`.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class GreedySteps:
         if not self._ready:
             self._ready = self._step(room)[::-1]
         self._last = id_ = self._ready.pop()
+        self.kept += bool(self._ready)  # the last one of a step was not guessed
         return id_
 
     def _step(self, room: int) -> list[int]:
@@ -163,7 +165,6 @@ class GreedySteps:
         if count and guess:
             chosen = self._state.decode_guess([self._last, *guess], self._image_embeds)
             self.guessed += len(guess)
-            self.kept += len(chosen) - 1
             self._length.learn(len(guess), len(chosen) - 1)
         else:
             chosen = [self._state.decode_greedily(self._last, self._image_embeds)]

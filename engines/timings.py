@@ -31,7 +31,8 @@ class Timings:
         images_reused: those of them whose image rows were kept from an earlier question, so
             that vision encoder and projector did not run for them.
         guessed_tokens: that were looked up in the text so far and run together with a token.
-        kept_guesses: those of them that were right; they are among ``decode_tokens``.
+        kept_guesses: those of them that were right and are in the answer; they are among
+            ``decode_tokens``.
     """
 
     load: float
