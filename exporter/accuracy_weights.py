@@ -22,6 +22,7 @@ ROLES: Mapping[str, tuple[str | None, ...]] = {
     "DequantizeLinear": (CODES, SCALES, SCALES),
     "QuantizeLinear": (None, SCALES, SCALES),
     "MatMulNBits": (None, CODES, SCALES, SCALES),
+    "MatMulIntegerToFloat": (None, CODES, SCALES, SCALES, SCALES, SCALES),
 }
 """What constants are to an operator, by the place of the input; zero points go with scales."""
 

@@ -209,6 +209,10 @@ def _standard_forms(graph: onnx.GraphProto, node: onnx.NodeProto) -> Iterator[on
         stand_in.data_location = onnx.TensorProto.EXTERNAL
         stand_in.external_data.add(key="location", value="left-out")
         yield onnx.helper.make_node("MatMul", [node.input[0], weight], node.output[:1])
+    elif node.op_type == "MatMulIntegerToFloat" and node.output:
+        sums = f"{node.output[0]}.sums"
+        yield onnx.helper.make_node("MatMulInteger", node.input[:2], [sums])
+        yield onnx.helper.make_node("Cast", [sums], node.output[:1], to=onnx.TensorProto.FLOAT)
     elif node.op_type in LIKE_FIRST_INPUT and _first_keeps_width(node):
         yield onnx.helper.make_node("Identity", node.input[:1], node.output[:1])
     else:

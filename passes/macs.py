@@ -173,6 +173,7 @@ _RULES: dict[str, Callable[[_Operands], int]] = {
     "Attention": _attention,
 }
 _FOREIGN_RULES: dict[str, Callable[[_Operands], int]] = {
+    "MatMulIntegerToFloat": _matmul,
     "MatMulNBits": _matmul_nbits,
     "GroupQueryAttention": _group_query_attention,
 }

@@ -28,6 +28,7 @@ from .general.remove_cast_islands import RemoveCastIslands
 from .general.remove_dead_code import RemoveDeadCode
 from .lowering.convert_to_float16 import ConvertToFloat16
 from .lowering.use_group_query_attention import HEAD_MULTIPLE, UseGroupQueryAttention
+from .lowering.use_integer_matmul import UseIntegerMatMul
 from .lowering.use_matmul_nbits import UseMatMulNBits
 from .lowering.use_skip_rms_norm import UseSkipRmsNorm
 from .lowering.use_tensor_scatter import UseTensorScatter
@@ -265,6 +266,8 @@ def _lower(name: str, facts: ModelFacts, target: Target, form: KvForm) -> list[S
     if name == "decoder" and form == "fixed":
         rewrite = _fixed_form(target)(facts.positions)
         steps.append(Step(rewrite, Expect(facts.decoder_layers, "one a layer")))
+    if has_contrib and target.provider == "cpu" and name != "decoder":
+        steps.append(Step(UseIntegerMatMul()))
     if has_contrib:
         steps += [Step(UseMatMulNBits(INT8_ACTIVATIONS)), Step(UseSkipRmsNorm())]
         steps.append(Step(CleanLayout()))
@@ -346,6 +349,7 @@ _PASSES: dict[str, type[Pass]] = {
         RemoveDeadCode,
         ReshapeWithoutTransposes,
         UseGroupQueryAttention,
+        UseIntegerMatMul,
         UseMatMulNBits,
         UseSkipRmsNorm,
         UseTensorScatter,
