@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import EngineError
+from .host_memory import zeros_on_demand
 
 CacheArray = npt.NDArray[np.floating[Any]]
 KvForm = Literal["append", "fixed"]
@@ -220,11 +221,13 @@ class KvCache(ABC):
 
 
 class HostKvCache(KvCache):
-    """A cache in this process's memory, readable as numpy arrays."""
+    """A cache in this process's memory, readable as numpy arrays.
+
+    Rows that were never written take no memory.
+    """
 
     def __init__(self, shape: CacheShape) -> None:
-        make = np.zeros if shape.form == "fixed" else np.empty
-        arrays = [make(shape.buffer, shape.dtype) for _ in range(shape.tensors)]
+        arrays = [zeros_on_demand(shape.buffer, shape.dtype) for _ in range(shape.tensors)]
         super().__init__(shape, [array.ctypes.data for array in arrays], arrays)
         self._rows = [shape.as_rows(array) for array in arrays]
 
