@@ -23,6 +23,7 @@ ROLES: Mapping[str, tuple[str | None, ...]] = {
     "QuantizeLinear": (None, SCALES, SCALES),
     "MatMulNBits": (None, CODES, SCALES, SCALES),
     "MatMulIntegerToFloat": (None, CODES, SCALES, SCALES, SCALES, SCALES),
+    "GatherBlockQuantized": (CODES, None, SCALES),
 }
 """What constants are to an operator, by the place of the input; zero points go with scales."""
 
@@ -82,11 +83,13 @@ def bundle_weight_bytes(bundle: Bundle) -> dict[str, dict[str, int]]:
 
 
 def _roles(graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
-    """(initializer, what it holds) of those that quantized operators read."""
+    """(initializer, what it holds) of those that quantized operators read, or rows of them."""
     dtypes = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    rows = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Gather"}
     for node in graph.node:
         roles = ROLES.get(node.op_type, ())
-        for name, role in zip(node.input, roles, strict=False):
+        for given, role in zip(node.input, roles, strict=False):
+            name = rows.get(given, given)
             if role is not None and name in dtypes:
                 yield name, _codes_of(node, dtypes[name]) if role == CODES else role
 

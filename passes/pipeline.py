@@ -27,6 +27,7 @@ from .general.merge_equal_nodes import MergeEqualNodes
 from .general.remove_cast_islands import RemoveCastIslands
 from .general.remove_dead_code import RemoveDeadCode
 from .lowering.convert_to_float16 import ConvertToFloat16
+from .lowering.dequantize_gathered_rows import DequantizeGatheredRows
 from .lowering.use_group_query_attention import HEAD_MULTIPLE, UseGroupQueryAttention
 from .lowering.use_integer_matmul import UseIntegerMatMul
 from .lowering.use_matmul_nbits import UseMatMulNBits
@@ -269,8 +270,12 @@ def _lower(name: str, facts: ModelFacts, target: Target, form: KvForm) -> list[S
     if has_contrib and target.provider == "cpu" and name != "decoder":
         steps.append(Step(UseIntegerMatMul()))
     if has_contrib:
-        steps += [Step(UseMatMulNBits(INT8_ACTIVATIONS)), Step(UseSkipRmsNorm())]
-        steps.append(Step(CleanLayout()))
+        steps += [
+            Step(DequantizeGatheredRows()),
+            Step(UseMatMulNBits(INT8_ACTIVATIONS)),
+            Step(UseSkipRmsNorm()),
+            Step(CleanLayout()),
+        ]
     if name == "decoder":
         steps.append(Step(ChooseGreedyToken()))
     return [*steps, Step(MergeDuplicateConstants()), Step(RemoveDeadCode())]
@@ -328,6 +333,7 @@ _PASSES: dict[str, type[Pass]] = {
         CleanLayout,
         ConstantRotaryTables,
         ConvertToFloat16,
+        DequantizeGatheredRows,
         DropVisionTail,
         FoldClassAndPosition,
         FoldConstants,

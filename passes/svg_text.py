@@ -52,7 +52,7 @@ _OPERATORS = {
     "AveragePool GlobalAveragePool MaxPool ArgMax TopK CumSum",
     MOVEMENT: "Reshape Transpose Squeeze Unsqueeze Concat Split Slice Gather GatherND "
     "GatherElements ScatterND ScatterElements TensorScatter Expand Tile Flatten Pad Shape "
-    "Identity Constant ConstantOfShape Range Resize Size",
+    "Identity Constant ConstantOfShape Range Resize Size GatherBlockQuantized",
     CONVERSION: "Cast CastLike QuantizeLinear DequantizeLinear DynamicQuantizeLinear",
     LOGIC: "Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not Where IsNaN IsInf "
     "Trilu",

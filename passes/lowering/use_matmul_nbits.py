@@ -118,7 +118,7 @@ def _problem(graph: gs.Graph, match: Match) -> str | None:
         return f"the blocks of {quantized.name!r} do not lie along its rows"
     return (
         _block_problem(quantized, node.attrs.get("block_size", 0))
-        or _zero_point_problem(node)
+        or zero_point_problem(node)
         or match.used_elsewhere(graph)
     )
 
@@ -132,7 +132,8 @@ def _block_problem(quantized: gs.Constant, block: int) -> str | None:
     return None
 
 
-def _zero_point_problem(node: gs.Node) -> str | None:
+def zero_point_problem(node: gs.Node) -> str | None:
+    """Why the zero points of a DequantizeLinear cannot be left out; None if all are 0."""
     if len(node.inputs) < 3 or node.inputs[2].is_empty():
         return None
     zero_point = node.inputs[2]
