@@ -75,9 +75,9 @@ def add_prefix(bundle: Bundle) -> None:
     save_prefix(bundle.path / PREFIX, PromptPrefix(ids, tuple(rows)))
 
 
-def add_next_token(graph: gs.Graph) -> None:
-    """The likeliest id after the last row as a further output of a decoder."""
-    KeepLastRow().apply(graph)
+def add_next_token(graph: gs.Graph, rows: int = 1) -> None:
+    """The likeliest id after each of the last rows as a further output of a decoder."""
+    KeepLastRow(count=rows).apply(graph)
     assert ChooseGreedyToken().apply(graph).rewritten == 1
 
 

@@ -23,7 +23,10 @@ from mvlm_export.exporter.assemble import graph_spec, model_spec
 from mvlm_export.exporter.config import ModelConfig, TextConfig, VisionConfig
 from mvlm_export.exporter.graphs import export_graph
 from mvlm_export.exporter.models.components import COMPONENTS, build_component
+from mvlm_export.passes.base import Pass
+from mvlm_export.passes.lowering.use_group_query_attention import UseGroupQueryAttention
 from mvlm_export.passes.lowering.use_tensor_scatter import UseTensorScatter
+from mvlm_export.passes.transformer.merge_qkv import MergeQkv
 
 from .bundles import add_next_token, derive_bundle
 from .tokenizer_files import write_tokenizer
@@ -100,8 +103,10 @@ def random_modules(config: ModelConfig) -> dict[str, nn.Module]:
     return modules
 
 
-def build(config: ModelConfig, path: Path) -> TinyModel:
-    modules = random_modules(config)
+def build(
+    config: ModelConfig, path: Path, modules: dict[str, nn.Module] | None = None
+) -> TinyModel:
+    modules = modules or random_modules(config)
     with BundleWriter(path) as writer:
         graphs = {}
         for name in COMPONENTS:
@@ -153,6 +158,54 @@ def tiny_fixed(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Tin
     edits = {"decoder": edit}
     derived = derive_bundle(tiny.path, path, edits, prefix=True, kv_form="fixed")
     return replace(tiny, path=derived)
+
+
+@pytest.fixture(scope="session")
+def repeating(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """What it says depends little on what stands before the last token, so it runs in circles.
+
+    And now and then it leaves them: some guesses of what follows are right and some wrong.
+    """
+    modules = random_modules(CONFIG)
+    for name, parameter in modules["decoder"].named_parameters():
+        if "o_proj" in name:
+            parameter.mul_(0.1)
+    return build(CONFIG, tmp_path_factory.mktemp("repeating") / "bundle", modules)
+
+
+CHOICES = 6
+"""Rows that a bundle of ``choosing`` gives the choice of."""
+
+LOWERED: dict[str, list[Pass]] = {
+    "append": [],
+    "tensor-scatter": [UseTensorScatter(CONFIG.text.max_position_embeddings)],
+    "group-query-attention": [
+        MergeQkv(),
+        UseGroupQueryAttention(CONFIG.text.max_position_embeddings),
+    ],
+}
+"""Passes to each form of the decoder's cache."""
+
+
+@pytest.fixture(scope="session", params=LOWERED)
+def choosing(
+    request: pytest.FixtureRequest,
+    repeating: TinyModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TinyModel:
+    """``repeating`` with the choice behind each of the last rows, in each form of cache."""
+
+    def edit(graph: gs.Graph) -> None:
+        for rewrite in LOWERED[request.param]:
+            assert rewrite.apply(graph).rewritten == CONFIG.text.num_hidden_layers
+        add_next_token(graph, CHOICES)
+
+    path = tmp_path_factory.mktemp(request.param) / "bundle"
+    form = "fixed" if LOWERED[request.param] else "append"
+    fields = {"kv_form": form, "logits_rows": CHOICES}
+    return replace(
+        repeating, path=derive_bundle(repeating.path, path, {"decoder": edit}, **fields)
+    )
 
 
 @pytest.fixture(scope="session")
