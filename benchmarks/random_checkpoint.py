@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -35,7 +36,11 @@ def write_random_checkpoint(folder: Path, geometry: str) -> None:
     Raises:
         InputError: there is no such geometry.
     """
-    content = published_config_json(geometry)
+    write_random_weights(folder, published_config_json(geometry))
+
+
+def write_random_weights(folder: Path, content: dict[str, Any]) -> None:
+    """As :func:`write_random_checkpoint`, for the content of any ``config.json``."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(content, indent=2))
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
