@@ -46,27 +46,28 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return int(count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def kv_row_bytes(path: Path) -> int:
-    """Bytes that one token adds to the cache."""
-    total = 0
-    for value in onnx.load(str(path), load_external_data=False).graph.input:
-        if value.name.startswith("past_key_values."):
-            kind = value.type.tensor_type
-            _, heads, _, width = kind.shape.dim
-            size = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
-            total += heads.dim_value * width.dim_value * size
-    return total
+def cache_facts(folder: Path) -> dict[str, int]:
+    """Heads and width of one layer's cache, and the bytes that one token adds to all."""
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    heads, width = decoder["num_key_value_heads"], decoder["head_size"]
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    kinds = [
+        onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        for value in graph.input
+        if value.name.startswith("past_key_values.")
+    ]
+    size = sum(kind.itemsize for kind in kinds)
+    return {"heads": heads, "width": width, "kv_row_bytes": size * heads * width}
 
 
 def main() -> None:
     """Build, and note the sizes."""
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     build(source, folder, int(sys.argv[3]), sys.argv[4] == "true")
-    model = folder / "model.onnx"
     packages = ("onnxruntime", "onnxruntime-genai")
     sizes = {
-        "weights_read": weights_read(model),
-        "kv_row_bytes": kv_row_bytes(model),
+        "weights_read": weights_read(folder / "model.onnx"),
+        **cache_facts(folder),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     (folder / "sizes.json").write_text(json.dumps(sizes))

@@ -19,34 +19,28 @@ class OrtDecoderWorker(Worker):
 
     def load(self) -> None:
         folder = Path(self.options["folder"])
+        self._sizes = json.loads((folder / "sizes.json").read_text())
+        shape = [1, self._sizes["heads"], POSITIONS, self._sizes["width"]]
         self._session = open_session(str(folder / "model.onnx"), self.threads)
         inputs = {tensor.name: tensor for tensor in self._session.get_inputs()}
         self._binding = self._session.io_binding()
-        self._kv_row_bytes = 0
         self._caches = []
         for name, tensor in inputs.items():
             if not name.startswith("past_key_values."):
                 continue
-            shape = [1, tensor.shape[1], POSITIONS, tensor.shape[3]]
             dtype = np.float16 if "float16" in tensor.type else np.float32
             cache = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
             self._binding.bind_ortvalue_input(name, cache)
             present = name.replace("past_key_values.", "present.")
             self._binding.bind_ortvalue_output(present, cache)
             self._caches.append(cache)
-            self._kv_row_bytes += shape[1] * shape[3] * np.dtype(dtype).itemsize
         self._has_positions = "position_ids" in inputs
         self._length = 0
         self._mask = np.ones((1, POSITIONS), np.int64)
         self._kept: list[Any] = []
 
     def facts(self) -> dict[str, Any]:
-        sizes = json.loads((Path(self.options["folder"]) / "sizes.json").read_text())
-        return {
-            "weights_read": sizes["weights_read"],
-            "kv_row_bytes": self._kv_row_bytes,
-            "versions": {"onnxruntime": onnxruntime.__version__, **sizes["versions"]},
-        }
+        return {key: self._sizes[key] for key in ("weights_read", "kv_row_bytes", "versions")}
 
     def prefill(self, ids: np.ndarray[Any, Any]) -> int:
         self._length = 0
