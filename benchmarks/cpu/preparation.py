@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,3 +179,21 @@ class Preparation:
 def say_to_stderr(text: str) -> None:
     """Progress of the set-up."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def only_run(work: Path) -> Iterator[None]:
+    """The block runs if no other run uses the work folder: both would make the same files.
+
+    Raises:
+        RuntimeError: another one does.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"Another comparison runs in {work}; wait for it, or give another --work."
+            ) from error
+        yield

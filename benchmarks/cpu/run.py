@@ -20,7 +20,7 @@ from catalogue import PEERS, Engine, our_engine
 from environments import HERE
 from measurement import Measurement
 from plot import svg
-from preparation import SOURCE_BUNDLE, Preparation, say_to_stderr
+from preparation import SOURCE_BUNDLE, Preparation, only_run, say_to_stderr
 from table import markdown, ratios
 
 from mvlm_export.engines.atomic_write import write_whole
@@ -74,6 +74,32 @@ def report(measured: Measurement, plot: Path | None) -> None:
         plot.write_text(svg(results, measured.heading()), encoding="utf-8")
 
 
+def compare(
+    measured: Measurement, chosen: Sequence[Engine], rounds: int, json_file: Path | None
+) -> Measurement:
+    """Prepare, then all rounds; what is there is saved after each engine, and at Ctrl-C."""
+
+    def save() -> None:
+        if json_file is not None:
+            content = json.dumps(measured.to_json(), indent=1)
+            write_whole(json_file, memoryview(content.encode()))
+
+    try:
+        measured.prepare(chosen, say_to_stderr)
+        for round_ in range(rounds):
+            order = list(measured.ready)
+            random.Random(round_).shuffle(order)
+            for place, engine in enumerate(order):
+                at = f"round {round_ + 1} of {rounds}, {place + 1} of {len(order)}"
+                say_to_stderr(f"{at}: {engine.name}")
+                measured.measure(engine, round_)
+                save()
+    except KeyboardInterrupt:
+        say_to_stderr("interrupted; what was measured follows")
+    save()
+    return measured
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Large files.")
 @click.option("--geometry", default="v2-1.7b", show_default=True, help="Or mini, to try.")
@@ -110,28 +136,18 @@ def main(
     if only_list:
         click.echo("\n".join(f"{engine.name:28} {engine.title}" for engine in chosen))
         return
-    work = work.resolve()
-    preparation = Preparation(work, geometry, recipes)
-    measured = Measurement(preparation, geometry, tokens, threads)
-
-    def save() -> None:
-        if json_file is not None:
-            content = json.dumps(measured.to_json(), indent=1)
-            write_whole(json_file, memoryview(content.encode()))
-
     try:
-        measured.prepare(chosen, say_to_stderr)
-        for round_ in range(rounds):
-            order = list(measured.ready)
-            random.Random(round_).shuffle(order)
-            for place, engine in enumerate(order):
-                at = f"round {round_ + 1} of {rounds}, {place + 1} of {len(order)}"
-                say_to_stderr(f"{at}: {engine.name}")
-                measured.measure(engine, round_)
-                save()
-    except KeyboardInterrupt:
-        say_to_stderr("interrupted; what was measured follows")
-    save()
+        with only_run(work.resolve()):
+            measured = compare(
+                Measurement(
+                    Preparation(work.resolve(), geometry, recipes), geometry, tokens, threads
+                ),
+                chosen,
+                rounds,
+                json_file,
+            )
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
     report(measured, plot)
 
 

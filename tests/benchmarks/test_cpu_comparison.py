@@ -18,7 +18,7 @@ from catalogue import INT8_ENCODER, PEERS, our_engine  # noqa: E402
 from checkpoint_tensors import CheckpointTensors  # noqa: E402
 from measurement import cosine  # noqa: E402
 from plot import svg  # noqa: E402
-from preparation import Preparation  # noqa: E402
+from preparation import Preparation, only_run  # noqa: E402
 from results import Results, Run, Spread, Subject, gigabytes_per_second  # noqa: E402
 from run import choose, parse_bundles  # noqa: E402
 from table import markdown, ratios  # noqa: E402
@@ -267,3 +267,14 @@ def test_cosine():
     one = np.array([[1.0, 0.0]])
     assert cosine(one, np.array([[2.0, 0.0]])) == 1.0
     assert cosine(one, np.array([[0.0, 5.0]])) == 0.0
+
+
+def test_a_work_folder_serves_one_run_at_a_time(tmp_path):
+    with (
+        only_run(tmp_path),
+        pytest.raises(RuntimeError, match="Another comparison runs"),
+        only_run(tmp_path),
+    ):
+        pass
+    with only_run(tmp_path):
+        assert (tmp_path / "lock").exists()
