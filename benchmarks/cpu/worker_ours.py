@@ -104,7 +104,7 @@ class OurWorker(Worker):
 
     def whole_answer(self, tokens: int) -> float | None:
         """A picture and a question of ``PROMPT`` rows in all, by ``VLM.generate``."""
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, draft_tokens=0)
         if len(self._vlm.tokenize(self._asked(""))) + tokens > POSITIONS:
             return None
         question = self._question()
