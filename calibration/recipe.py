@@ -179,7 +179,9 @@ _SMOOTH = replace(_W8A8, smooth=True, observer=PRODUCT)
 _INT8 = Recipe("int8", vision_encoder=_SMOOTH, projector=_W8A8, decoder=_SMOOTH)
 _INT4 = Recipe(
     "int4",
-    decoder=GraphRecipe(INT4, "awq+gptq", rules=(Rule("lm_head", WeightFormat(4, 32)),)),
+    decoder=GraphRecipe(
+        INT4, "awq+gptq", embedding=INT8, rules=(Rule("lm_head", WeightFormat(4, 32)),)
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = {

@@ -24,7 +24,10 @@ WEIGHT_CANDIDATES: Mapping[bool, tuple[Candidate, ...]] = {
     True: (*_FEW_BITS, FLOAT),
     False: (*_FEW_BITS, Candidate(INT8), FLOAT),
 }
-"""What the decoder's layers may become, by whether the target has engines."""
+"""What the decoder's layers may become, by whether TensorRT multiplies by them.
+
+It reads a token table of 8 bits row by row, and multiplies by none of it.
+"""
 
 FULL_CANDIDATES: Mapping[LayerKind, tuple[Candidate, ...]] = {
     "linear": (Candidate(INT8, inputs=True), FLOAT),
@@ -50,7 +53,7 @@ def candidates_of(
         return FULL_CANDIDATES[layer.kind]
     if layer.kind not in ("linear", "embedding"):
         return (FLOAT,)
-    found = WEIGHT_CANDIDATES[target.has_engines]
+    found = WEIGHT_CANDIDATES[target.has_engines and layer.kind == "linear"]
     return tuple(c for c in found if c.form is None or _has_whole_blocks(layer, c.form))
 
 

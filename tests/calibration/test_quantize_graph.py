@@ -8,7 +8,7 @@ import pytest
 from mvlm_export.calibration.layers import find_layers
 from mvlm_export.calibration.quantize_graph import GraphQuantization, quantize_graph
 from mvlm_export.calibration.quantized_weight import WeightStore
-from mvlm_export.calibration.recipe import INT8, PRODUCT, GraphRecipe, Rule
+from mvlm_export.calibration.recipe import INT8, PRODUCT, RECIPES, GraphRecipe, Rule
 from mvlm_export.calibration.weight_grids import WeightFormat
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.targets import get_target
@@ -389,3 +389,16 @@ def test_progress_counts_up(tmp_path):
         *((index, 4, name) for index, name in enumerate(LAYERS)),
         (4, 4, "head"),
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_table_of_8_bits_is_read_by_rows_where_onnx_runtime_would_not(dtype, tmp_path):
+    recipe = replace(RECIPES["int4"].decoder, method="rtn")
+    chosen = quantize(nano(), "decoder", recipe, tmp_path, samples=2)
+    facts, options = facts_of(nano().config), PipelineOptions(dtype)
+    steps = build_pipeline("decoder", facts, get_target("cpu"), options, chosen.steps())
+    ids = IdRange(nano().config.text.vocab_size, rows=True)
+    verifier = OrtVerifier({"input_ids": ids}, threads=1)
+    records = PassManager(steps, verifier=verifier).run(nano_graph("decoder"))
+    (record,) = [r for r in records if r.name == "dequantize-gathered-rows"]
+    assert (record.result.rewritten, record.verified) == (1, 0)

@@ -62,6 +62,8 @@ def test_named_recipes():
         assert recipe.needs_data is not recipe.is_float
     assert not RECIPES["int8"].vision_encoder.attention
     assert RECIPES["int4"].decoder.form_of("lm_head", "linear") == WeightFormat(4, 32)
+    table = RECIPES["int4"].decoder.form_of("model.embed_tokens", "embedding")
+    assert table == WeightFormat(8)
 
 
 def test_a_file_of_any_name(tmp_path):

@@ -196,6 +196,10 @@ def write_graph(path, dtype=TensorProto.INT4):
         helper.make_tensor("scales8", TensorProto.FLOAT16, [6], [1.0] * 6),
         helper.make_tensor("codes4", dtype, [3, 5], [0] * 15),
         helper.make_tensor("scales4", TensorProto.FLOAT, [1, 5], [1.0] * 5),
+        helper.make_tensor("rows8", TensorProto.INT8, [7, 4], [0] * 28),
+        helper.make_tensor("scales_of_rows", TensorProto.FLOAT16, [7], [1.0] * 7),
+        helper.make_tensor("rows4", dtype, [2, 32], [0] * 64),
+        helper.make_tensor("scales_of_blocks", TensorProto.FLOAT16, [2, 2], [1.0] * 4),
         helper.make_tensor("packed", TensorProto.UINT8, [6, 2, 16], [0] * 192),
         helper.make_tensor("table", TensorProto.FLOAT, [6, 2], [1.0] * 12),
         helper.make_tensor("step", TensorProto.FLOAT, [], [1.0]),
@@ -212,6 +216,16 @@ def write_graph(path, dtype=TensorProto.INT4):
             "MatMulNBits", ["x", "packed", "table"], ["c"], domain="com.microsoft", bits=4
         ),
         helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["d"]),
+        helper.make_node("Gather", ["rows8", "ids"], ["e"]),
+        helper.make_node("Gather", ["scales_of_rows", "ids"], ["f"]),
+        helper.make_node("DequantizeLinear", ["e", "f"], ["g"], axis=0),
+        helper.make_node(
+            "GatherBlockQuantized",
+            ["rows4", "ids", "scales_of_blocks"],
+            ["h"],
+            domain="com.microsoft",
+            bits=4,
+        ),
     ]
     graph = helper.make_graph(nodes, "weights", [], [], constants)
     path.write_bytes(helper.make_model(graph).SerializeToString())
@@ -221,9 +235,9 @@ def write_graph(path, dtype=TensorProto.INT4):
 def test_bytes_by_what_they_hold(tmp_path, dtype):
     write_graph(tmp_path / "model.onnx", dtype)
     assert weight_bytes(tmp_path / "model.onnx") == {
-        "int8": 24,
-        "int4": 8 + 192,
-        "scales": 12 + 20 + 48 + 4 + 1,
+        "int8": 24 + 28,
+        "int4": 8 + 192 + 32,
+        "scales": 12 + 20 + 48 + 4 + 1 + 14 + 8,
         "float16": 12,
         "other": 16,
     }
