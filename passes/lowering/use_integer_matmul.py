@@ -136,7 +136,8 @@ def _replace(graph: gs.Graph, match: Match, quantized: dict[int, gs.Variable]) -
 
 def _narrow(codes: Array) -> Array:
     scaled = np.rint(codes.astype(np.float32) * (LARGEST / _GIVEN))
-    return np.clip(scaled, -LARGEST, LARGEST).astype(np.int8)
+    narrow: Array = np.clip(scaled, -LARGEST, LARGEST).astype(np.int8)
+    return narrow
 
 
 def _widen(scales: Array) -> Array:
