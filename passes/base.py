@@ -99,7 +99,7 @@ class Pass(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     opsets: ClassVar[range] = range(13, 25)
-    rounding: ClassVar[str | None] = None
+    rounding: str | None = None
 
     def requires(self, graph: gs.Graph) -> None:
         """Check what the pass needs; raise :class:`PassError` where the graph lacks it."""

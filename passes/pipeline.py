@@ -30,7 +30,7 @@ from .lowering.convert_to_float16 import ConvertToFloat16
 from .lowering.dequantize_gathered_rows import DequantizeGatheredRows
 from .lowering.use_group_query_attention import HEAD_MULTIPLE, UseGroupQueryAttention
 from .lowering.use_integer_matmul import UseIntegerMatMul
-from .lowering.use_matmul_nbits import UseMatMulNBits
+from .lowering.use_matmul_nbits import INT8, UseMatMulNBits
 from .lowering.use_skip_rms_norm import UseSkipRmsNorm
 from .lowering.use_tensor_scatter import UseTensorScatter
 from .projector.fold_peg_skip import FoldPegSkip
@@ -55,10 +55,6 @@ LAST_ROW_PASS = KeepLastRow.name
 
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
-
-INT8_ACTIVATIONS = 4
-"""``accuracy_level`` of products with 4-bit weights: activations rounded to 8 bits a block of
-the weights, which is three to five times as fast on a CPU as float32 (docs/performance.md)."""
 
 KEPT_FLOAT32 = frozenset({"logits"})
 """Inputs and outputs that stay float32 in a float16 graph."""
@@ -140,7 +136,7 @@ def build_pipeline(
         *exact_steps(name, facts, options),
         *quantization,
         *_convert(options),
-        *_lower(name, facts, target, cache_form(facts, target, options)),
+        *_lower(name, facts, target, options),
     ]
     return _chosen(steps, replace(options, enabled=options.enabled | target.own_passes))
 
@@ -261,7 +257,10 @@ def _fixed_form(target: Target) -> type[UseGroupQueryAttention] | type[UseTensor
     return UseGroupQueryAttention if CONTRIB in target.extra_domains else UseTensorScatter
 
 
-def _lower(name: str, facts: ModelFacts, target: Target, form: KvForm) -> list[Step]:
+def _lower(
+    name: str, facts: ModelFacts, target: Target, options: PipelineOptions
+) -> list[Step]:
+    form = cache_form(facts, target, options)
     has_contrib = CONTRIB in target.extra_domains
     steps: list[Step] = []
     if name == "decoder" and form == "fixed":
@@ -272,7 +271,9 @@ def _lower(name: str, facts: ModelFacts, target: Target, form: KvForm) -> list[S
     if has_contrib:
         steps += [
             Step(DequantizeGatheredRows()),
-            Step(UseMatMulNBits(INT8_ACTIVATIONS)),
+            # Three to four times as fast on a CPU as float32 (docs/performance.md). With
+            # float16 tensors ONNX Runtime 1.31's CPU gives wrong numbers at that level.
+            Step(UseMatMulNBits(INT8 if options.dtype == "float32" else 0)),
             Step(UseSkipRmsNorm()),
             Step(CleanLayout()),
         ]

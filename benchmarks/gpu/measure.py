@@ -19,8 +19,8 @@ from typing import Any
 
 from cases import CASES, FALLBACKS, Case
 from race import Contestant, open_contestant, race
+from race_table import PEERS, read_records, report
 from recorder import Budget, Recorder, run_command
-from table import PEERS, read_records, report
 
 from mvlm_export.engines.bundle import REPORT, Bundle
 from mvlm_export.engines.doctor import examine

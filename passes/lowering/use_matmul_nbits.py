@@ -32,6 +32,8 @@ from ..matching import Match, any_, constant_problem, find_matches, op
 DOMAIN = "com.microsoft"
 LEVELS = {0: "unset", 1: "float32", 2: "float16", 3: "bfloat16", 4: "int8"}
 """Least accuracy of the activations by ``accuracy_level``."""
+INT8 = 4
+"""The level of 8-bit activations."""
 
 _INT4 = np.dtype(ml_dtypes.int4)
 _ZERO_POINT = 8
@@ -60,6 +62,7 @@ class UseMatMulNBits(Pass):
                 f"There is no accuracy_level {accuracy_level}; give one of {known}."
             )
         self.accuracy_level = accuracy_level
+        self.rounding = "integers" if accuracy_level == INT8 else None
 
     def run(self, graph: gs.Graph) -> PassResult:
         tally = Tally()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from race import Contestant, open_contestant, race
+from race_table import compare, format_table, read_records, report, same_beginning
 from recorder import Budget, Recorder
-from table import compare, format_table, read_records, report, same_beginning
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
 

@@ -47,8 +47,9 @@ def test_manifest_states_the_contracts(compiled):
     assert shapes["past_key_values.0.key"] == (1, 4, 256, 16)
     (pixels,) = manifest.graphs["vision_encoder"].inputs
     assert pixels.dtype == "uint8"
-    logits = manifest.graphs["decoder"].outputs[0]
-    assert logits.shape == (1, 512)
+    outputs = {tensor.name: tensor.shape for tensor in decoder.outputs}
+    assert (outputs["logits"], outputs["next_token"]) == (("R", 512), ("R",))
+    assert manifest.logits_rows == 8
     assert manifest.model.image_tokens == 4
     assert manifest.model.stop_ids == (2,)
     assert manifest.tools["onnx"] == onnx.__version__
