@@ -54,8 +54,13 @@ def paths(value, path=()):
 
 @pytest.mark.parametrize(
     "manifest",
-    [tiny_manifest(), full_manifest(), full_manifest(kv_form="fixed")],
-    ids=["bare", "full", "fixed"],
+    [
+        tiny_manifest(),
+        full_manifest(),
+        full_manifest(kv_form="fixed"),
+        full_manifest(logits_rows=8),
+    ],
+    ids=["bare", "full", "fixed", "rows"],
 )
 def test_reads_back_what_was_written(manifest):
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
@@ -64,7 +69,7 @@ def test_reads_back_what_was_written(manifest):
 
 def test_fields_with_a_default_may_be_absent():
     data = tiny_manifest().to_json()
-    for key in ("kv_form", "jetpack", "tools", "checks", "files", "source"):
+    for key in ("kv_form", "jetpack", "tools", "checks", "files", "source", "logits_rows"):
         del data[key]
     assert Manifest.from_json(data) == tiny_manifest()
 
@@ -122,6 +127,12 @@ WRONG = [
     ("kv_form", "fixed", r"graphs\.decoder\.inputs .*different: past_length"),
     ("graphs/vision_encoder/inputs/0/dtype", "int8", r"pixel_values\.dtype is 'int8'"),
     ("graphs/decoder/inputs/2/dtype", "uint8", r"past_key_values\.0\.key\.dtype is 'uint8'"),
+    ("logits_rows", 0, "logits_rows is 0, but a whole number of 1 to"),
+    ("logits_rows", -8, "logits_rows is -8"),
+    ("logits_rows", 1.5, r"logits_rows is 1\.5"),
+    ("logits_rows", True, "logits_rows is True"),
+    ("logits_rows", "8", "logits_rows is '8'"),
+    ("logits_rows", None, "logits_rows is None"),
     ("jetpack", "6", "jetpack is '6'"),
     ("tools", {"torch": 2}, r"tools\.torch is 2"),
     ("checks", [], r"checks is \[\]"),

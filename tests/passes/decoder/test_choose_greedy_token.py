@@ -14,6 +14,7 @@ from tests.passes.graphs import (
     check_pass,
     nano_graph,
     parse_graph,
+    random_feeds,
     run_graph,
     tiny_graph,
 )
@@ -82,6 +83,37 @@ def test_any_logit_that_is_not_finite_gives_minus_one(x):
     assert rewrite.outputs_after({"logits": x}, {})["next_token"].tolist() == [token]
 
 
+ROWS = [("float[1,7]", "float[R,7]"), ("int64[1] next_token", "int64[R] next_token")]
+
+
+def in_rows(text):
+    for old, new in ROWS:
+        text = text.replace(old, new)
+    return text
+
+
+def test_a_token_for_each_of_the_last_rows():
+    graph = parse_graph(in_rows(BEFORE))
+    assert check_pass(ChooseGreedyToken(), graph, {"R": 4}).rewritten == 1
+    assert_same_structure(graph, parse_graph(in_rows(EXPECTED), **PARTS))
+    assert graph.outputs[-1].shape == ["R"]
+    assert ChooseGreedyToken().apply(graph).matched == 0
+
+
+@given(
+    x=arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 8), st.just(7)), elements=LOGITS | NOT_FINITE
+    )
+)
+def test_each_row_is_judged_alone(x):
+    graph = parse_graph(in_rows(BEFORE))
+    rewrite = ChooseGreedyToken()
+    rewrite.apply(graph)
+    tokens = [int(row.argmax()) if np.isfinite(row).all() else -1 for row in x]
+    assert run_graph(graph, {"x": x})["next_token"].tolist() == tokens
+    assert rewrite.outputs_after({"logits": x}, {})["next_token"].tolist() == tokens
+
+
 def test_every_tensorrt_reads_it():
     graph = parse_graph(BEFORE)
     ChooseGreedyToken().apply(graph)
@@ -127,6 +159,17 @@ def test_the_captured_decoder(heads):
     assert "keep-last-row" in ChooseGreedyToken().apply(graph).refusals[0].reason
     KeepLastRow().apply(graph)
     assert check_pass(ChooseGreedyToken(), graph, input_ids=320).rewritten == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_the_captured_decoder_with_several_rows(rows):
+    graph = tiny_graph("decoder")
+    KeepLastRow(count=4).apply(graph)
+    sizes = {"S": rows}
+    assert check_pass(ChooseGreedyToken(), graph, sizes, input_ids=320).rewritten == 1
+    found = run_graph(graph, random_feeds(graph, sizes, input_ids=320))
+    assert found["next_token"].shape == (min(rows, 4),)
+    np.testing.assert_array_equal(found["next_token"], found["logits"].argmax(-1))
 
 
 def test_nano():

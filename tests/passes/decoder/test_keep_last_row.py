@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from mvlm_export.passes.decoder.keep_last_row import KeepLastRow
 from tests.passes.graphs import (
+    assert_close,
     assert_same_structure,
     check_pass,
     nano_graph,
     parse_graph,
+    random_feeds,
+    run_graph,
     tiny_graph,
 )
 
@@ -198,6 +201,33 @@ def test_the_captured_decoder(heads):
     shapes = {output.name: output.shape for output in graph.outputs}
     assert shapes.pop("logits") == [1, 320]
     assert {tuple(shape) for shape in shapes.values()} == {("S", heads, 16)}
+
+
+@pytest.mark.parametrize("gate_up", [APART, MERGED], ids=["apart", "merged"])
+def test_the_last_few_rows_before_and_expected(gate_up):
+    graph = graph_of(before(gate_up))
+    assert check_pass(KeepLastRow(count=3), graph, {"S": 7}).rewritten == 1
+    text = expected(gate_up).replace("float[1,9] logits", "float[R,9] logits")
+    text = text.replace("int64[1] last = {-1}", "int64[1] last = {-1}, int64[1] first = {-3}")
+    text = text.replace("Slice(a0, last,", "Slice(a0, first,")
+    text = text.replace("Slice(h, last,", "Slice(h, first,")
+    assert_same_structure(graph, graph_of(text))
+    assert graph.outputs[0].shape == ["R", 9]
+    assert KeepLastRow(count=3).apply(graph).matched == 0, "nothing is left to do"
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 6, 12])
+def test_as_many_rows_as_there_are(count, rows):
+    graph = tiny_graph("decoder")
+    whole = graph.copy()
+    assert KeepLastRow(count=count).apply(graph).rewritten == 1
+    feeds = random_feeds(graph, {"S": rows, "T": 3, "I": 2}, input_ids=322)
+    found, all_rows = run_graph(graph, feeds), run_graph(whole, feeds)
+    assert found["logits"].shape == (min(rows, count), 320)
+    assert_close(found["logits"], all_rows["logits"][-count:])
+    for name in found.keys() - {"logits"}:
+        np.testing.assert_array_equal(found[name], all_rows[name])
 
 
 def test_nano():

@@ -12,6 +12,7 @@ from mvlm_export.passes.conformance import check_conformance
 from mvlm_export.passes.deferred import is_deferred
 from mvlm_export.passes.graph_io import to_model
 from mvlm_export.passes.lowering.use_group_query_attention import UseGroupQueryAttention
+from mvlm_export.passes.transformer.merge_qkv import MergeQkv
 from tests.passes.graphs import (
     assert_close,
     assert_same_structure,
@@ -81,6 +82,83 @@ def test_before_and_expected():
     assert_same_structure(graph, expected)
     onnx.checker.check_model(to_model(graph), full_check=True)
     assert check_conformance(to_model(graph), get_target("cpu")).ok
+
+
+def packed(order="q, k, v", sizes=(64, 32, 32), *changes):
+    """The layer behind one product of query, key and value, as ``merge-qkv`` leaves it."""
+    names = order.split(", ")
+    parts = f"int64[{len(sizes)}] parts = {{{', '.join(map(str, sizes))}}}"
+    return append_form(
+        ("float[S,64] q, float[S,32] k, float[S,32] v", f"float[S,{sum(sizes)}] qkv"),
+        ("float scale = {0.25}>", f"float scale = {{0.25}}, {parts}>"),
+        ("  s_1 =", f"  {', '.join(names)} = Split<axis=-1>(qkv, parts)\n  s_1 ="),
+        *changes,
+        kv_heads=2,
+    )
+
+
+PACKED = [
+    ("float[S,64] q, float[S,32] k, float[S,32] v", "float[S,128] qkv"),
+    (
+        "int64[3] wide = {1, -1, 64}, int64[3] narrow = {1, -1, 32}",
+        "int64[3] all = {1, -1, 128}",
+    ),
+    ("  q_heads = Reshape<allowzero=1>(q, by_head)\n", ""),
+    ("  k_heads = Reshape<allowzero=1>(k, by_kv_head)\n", ""),
+    ("  v_heads = Reshape<allowzero=1>(v, by_kv_head)\n", ""),
+    ("  q_flat = Reshape(q_heads, wide)\n", "  rows = Reshape(qkv, all)\n"),
+    ("  k_flat = Reshape(k_heads, narrow)\n", ""),
+    ("  v_flat = Reshape(v_heads, narrow)\n", ""),
+    (", int64[3] by_kv_head = {-1, 2, 16}", ""),
+    ("(q_flat, k_flat, v_flat, past", '(rows, "", "", past'),
+]
+
+
+def test_one_product_is_taken_whole():
+    graph = packed()
+    result = compare_forms(UseGroupQueryAttention(MAX), graph, past=7, new=5)
+    assert (result.matched, result.rewritten) == (1, 1)
+    text = EXPECTED
+    for old, new in PACKED:
+        assert old in text, old
+        text = text.replace(old, new)
+    halves = {name: values[:, :8] for name, values in tables().items()}
+    expected = parse_graph(text, **halves)
+    for tensor in expected.tensors().values():
+        tensor.name = NAMES.get(tensor.name, tensor.name)
+    assert_same_structure(graph, expected)
+    onnx.checker.check_model(to_model(graph), full_check=True)
+    assert check_conformance(to_model(graph), get_target("cpu")).ok
+
+
+APART = {
+    "other order": (("k, q, v", (32, 64, 32)), ()),
+    "keys and values swapped": (("q, v, k", (64, 32, 32)), ()),
+    "a fourth part": (("q, k, v, rest", (64, 32, 32, 16)), ()),
+    "something between": (
+        ("q, k, v", (64, 32, 32)),
+        [
+            ("v, by_kv_head)\n  key_rows", "moved, by_kv_head)\n  key_rows"),
+            ("  present_value =", "  moved = Relu(v)\n  present_value ="),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "changes"), APART.values(), ids=list(APART))
+def test_other_parts_stay_three_inputs(parts, changes):
+    graph = packed(*parts, *changes)
+    assert compare_forms(UseGroupQueryAttention(MAX), graph, 7, 5).rewritten == 1
+    (attention,) = [node for node in graph.nodes if node.op == "GroupQueryAttention"]
+    assert not any(tensor.is_empty() for tensor in attention.inputs)
+    assert "Split" in [node.op for node in graph.nodes]
+
+
+def test_parts_that_are_read_elsewhere_too_stay():
+    changes = ("  present_value =", "  z = Relu(v)\n  present_value =")
+    graph = packed("q, k, v", (64, 32, 32), changes)
+    assert compare_forms(UseGroupQueryAttention(MAX), graph, 7, 5).rewritten == 1
+    assert "Split" in [node.op for node in graph.nodes]
 
 
 @pytest.mark.parametrize("changes", [[], SIGN_IN_TABLE], ids=["plain", "sign in the table"])
@@ -223,3 +301,12 @@ def test_nano():
     left = {node.op for node in graph.nodes}
     assert not left & {"Softmax", "Concat", "Split", "Neg", "Transpose", "LessOrEqual"}
     assert is_deferred(graph.tensors()["rotary_cos.half"])
+
+
+@pytest.mark.parametrize(("past", "new"), [(0, 9), (11, 1), (6, 5)])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_captured_decoder_with_merged_projections(kv_heads, past, new):
+    graph = tiny_graph("decoder", num_key_value_heads=kv_heads)
+    assert MergeQkv().apply(graph).rewritten == 2
+    assert compare_forms(UseGroupQueryAttention(256), graph, past, new).rewritten == 2
+    assert "Split" not in [node.op for node in graph.nodes]

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvlm_export.engines.errors import PassError
+from mvlm_export.engines.targets import get_target
 from mvlm_export.passes.deferred import DeferredValues, is_deferred
 from mvlm_export.passes.graph_io import bind_weight, to_model
 from mvlm_export.passes.lowering.use_matmul_nbits import UseMatMulNBits
+from mvlm_export.passes.pipeline import ModelFacts, PipelineOptions, build_pipeline
 from tests.passes.graphs import assert_same_structure, check_pass, constants, parse_graph
 
 BEFORE = """
@@ -162,6 +164,30 @@ def test_activations_of_8_bits_are_near():
     assert check_pass(UseMatMulNBits(4), graph, rtol=0.03).rewritten == 1
     (node,) = graph.nodes
     assert node.attrs["accuracy_level"] == 4
+
+
+FACTS = ModelFacts(
+    vision_layers=2,
+    keeps_class_token=False,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    pools=True,
+    has_peg=True,
+    ldp_blocks=0,
+    decoder_layers=2,
+    head_dim=16,
+    positions=256,
+)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["vision_encoder", "projector", "decoder"])
+def test_pipelines_round_activations_to_8_bits(name, target):
+    steps = build_pipeline(name, FACTS, get_target(target), PipelineOptions("float32"))
+    (rewrite,) = [step.rewrite for step in steps if isinstance(step.rewrite, UseMatMulNBits)]
+    graph = graph_of()
+    assert rewrite.apply(graph).rewritten == 1
+    assert graph.nodes[0].attrs["accuracy_level"] == 4
 
 
 def test_an_accuracy_level_that_is_none():
