@@ -191,8 +191,11 @@ def test_engines_never_get_8_bit_weights_alone(given, capsys):
     found = read_json(capsys)
     assert found["settings"]["target"] == "orin"
     assert found["settings"]["dtype"] == "float16"
-    options = {name for layer in found["layers"] for name in layer["options"]}
-    assert options == {"int4 g32", "float"}  # 64 rows are no block of 128
+    options: dict[str, set[str]] = {}
+    for layer in found["layers"]:
+        options.setdefault(layer["kind"], set()).update(layer["options"])
+    assert options["linear"] == {"int4 g32", "float"}  # 64 rows are no block of 128
+    assert options["embedding"] == {"int8", "int4 g32", "float"}, "read row by row"
 
 
 def test_the_recipes_own_rounding_is_nearer_than_the_fast_one(given, capsys):
