@@ -45,12 +45,14 @@ class GraphSpec:
     Attributes:
         file: path of ``model.onnx`` inside the bundle; its data file lies beside it.
         dtype: ``float32`` or ``float16``, of weights, cache and image tensors.
+        may_saturate: whether sums of 8-bit products may saturate on an x86 CPU without VNNI.
     """
 
     file: str
     dtype: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    may_saturate: bool = True
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,10 @@ def _read_graph(name: str, data: object, tensors: tuple[list[str], list[str]]) -
     _check_names(graph, "outputs", given, tensors[1])
     _check_dtypes(graph, (*inputs, *outputs))
     dtype = graph.choice("dtype", GRAPH_DTYPES)
-    return GraphSpec(graph.text("file"), dtype, inputs, outputs)
+    may_saturate = graph.data.get("may_saturate", True)
+    if not isinstance(may_saturate, bool):
+        raise graph.bad("may_saturate", "true or false")
+    return GraphSpec(graph.text("file"), dtype, inputs, outputs, may_saturate)
 
 
 def _check_names(

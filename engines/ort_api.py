@@ -31,19 +31,26 @@ def import_onnxruntime(extra: str = "cpu") -> Any:  # noqa: ANN401
     return onnxruntime
 
 
-def session_options(ort: Any, threads: int | None = None) -> Any:  # noqa: ANN401
+def session_options(
+    ort: Any,  # noqa: ANN401
+    threads: int | None = None,
+    may_saturate: bool = True,
+) -> Any:  # noqa: ANN401
     """Options of a session whose numbers are right on every CPU.
 
     Products of 8 bits are summed in pairs of 16 bits on x86 CPUs without VNNI, where they
     saturate; ``session.x64quantprecision`` keeps them from it there, and does nothing
-    elsewhere.
+    elsewhere. It reads all weights for that, so graphs that cannot saturate are loaded
+    without it.
 
     Args:
         threads: for one operator; None means ONNX Runtime's default.
+        may_saturate: of the graph's ``GraphSpec``.
     """
     options = ort.SessionOptions()
     options.log_severity_level = LOG_FATAL_ONLY
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if may_saturate:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

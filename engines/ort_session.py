@@ -110,16 +110,19 @@ class OrtBackend:
             BundleError: its tensors are not those of the manifest's model.
         """
         # Every step has another past length, and a memory plan would be kept for each.
+        before = current_spans()
         session = self._open("decoder", memory_patterns=False)
+        if self._provider.device == "cpu":
+            use_huge_pages(before)  # a step reads all of it, and does little with it
         manifest = self._bundle.manifest
         device, rows = self._provider.device, manifest.logits_rows
         return OrtDecoder(self._ort, session, manifest.model, device, manifest.kv_form, rows)
 
     def _open(self, name: str, memory_patterns: bool) -> Any:  # noqa: ANN401
-        options = session_options(self._ort, self._threads)
+        may_saturate = self._bundle.manifest.graphs[name].may_saturate
+        options = session_options(self._ort, self._threads, may_saturate)
         options.enable_mem_pattern = memory_patterns
         path: Path = self._bundle.graph_path(name)
-        before = current_spans()
         with ort_errors(self._ort, name, "load"):
             session = self._ort.InferenceSession(
                 str(path), options, providers=[self._provider.name]
@@ -131,8 +134,6 @@ class OrtBackend:
                 "with `nvidia-smi` and that CUDA and cuDNN are of the versions ONNX Runtime "
                 f"{self._ort.__version__} was built for, or run with provider 'cpu'."
             )
-        if self._provider.device == "cpu":
-            use_huge_pages(before)
         return session
 
 

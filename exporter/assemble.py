@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .config_fields import read_json
 from .geometry import ModelConfig
 from .graphs import MODEL_FILE
+from .saturation import may_saturate
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -90,7 +91,8 @@ def graph_spec(bundle: Path, name: str, dtype: str) -> GraphSpec:
     """Read a written graph's inputs and outputs back from its file."""
     file = f"{name}/{MODEL_FILE}"
     graph = onnx.load(str(bundle / file), load_external_data=False).graph
-    return GraphSpec(file, dtype, _tensor_specs(graph.input), _tensor_specs(graph.output))
+    inputs, outputs = _tensor_specs(graph.input), _tensor_specs(graph.output)
+    return GraphSpec(file, dtype, inputs, outputs, may_saturate(graph))
 
 
 def _tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -49,7 +49,8 @@ class _OrtSession:
     def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
         self.name = name
         self._ort = import_onnxruntime()
-        options = session_options(self._ort, threads)
+        may_saturate = bundle.manifest.graphs[name].may_saturate
+        options = session_options(self._ort, threads, may_saturate)
         options.enable_mem_pattern = False  # every step has another past length
         path, providers = str(bundle.graph_path(name)), ["CPUExecutionProvider"]
         with ort_errors(self._ort, name, "load"):
