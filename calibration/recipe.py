@@ -191,6 +191,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("fp16", dtype="float16"),
         _INT8,
         _INT4,
+        replace(_INT8, name="int8-int4", decoder=_INT4.decoder),
     )
 }
 """Recipes by name; docs/quantization.md says what each gives and costs."""

@@ -109,8 +109,8 @@ class OrtBackend:
         Raises:
             BundleError: its tensors are not those of the manifest's model.
         """
-        # Every step has another past length, and a memory plan would be kept for each.
         before = current_spans()
+        # Every step has another past length, and a memory plan would be kept for each.
         session = self._open("decoder", memory_patterns=False)
         if self._provider.device == "cpu":
             use_huge_pages(before)  # a step reads all of it, and does little with it

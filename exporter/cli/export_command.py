@@ -61,7 +61,7 @@ Examples:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help="fp32, fp16, int8, int4, or a .json file. Default: the target's own.",
+    help="fp32, fp16, int8, int4, int8-int4, or a .json file. Default: the target's own.",
 )
 @click.option(
     "--calib-data",

@@ -54,13 +54,17 @@ def test_a_recipe_comes_back_from_json(recipe, tmp_path):
 
 
 def test_named_recipes():
-    assert set(RECIPES) == {"fp32", "fp16", "int8", "int4"}
+    assert set(RECIPES) == {"fp32", "fp16", "int8", "int4", "int8-int4"}
     for name, recipe in RECIPES.items():
         assert find_recipe(name) is recipe
         assert recipe.name == name
         assert recipe.is_float is (name in ("fp32", "fp16"))
         assert recipe.needs_data is not recipe.is_float
     assert not RECIPES["int8"].vision_encoder.attention
+    mixed = RECIPES["int8-int4"]
+    assert mixed.vision_encoder == RECIPES["int8"].vision_encoder
+    assert mixed.projector == RECIPES["int8"].projector
+    assert mixed.decoder == RECIPES["int4"].decoder
     assert RECIPES["int4"].decoder.form_of("lm_head", "linear") == WeightFormat(4, 32)
     table = RECIPES["int4"].decoder.form_of("model.embed_tokens", "embedding")
     assert table == WeightFormat(8)
@@ -157,7 +161,8 @@ def test_dtypes():
 
 
 def test_an_unknown_name():
-    with pytest.raises(InputError, match=r"no recipe 'int5'.*fp32, fp16, int8, int4, or give"):
+    known = "fp32, fp16, int8, int4, int8-int4, or give"
+    with pytest.raises(InputError, match=rf"no recipe 'int5'.*{known}"):
         find_recipe("int5")
 
 
