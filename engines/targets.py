@@ -350,7 +350,9 @@ TARGETS: dict[str, Target] = {
             _onnxruntime(
                 "cpu", "ONNX Runtime on the CPU", "fp32", "CPUExecutionProvider", "fixed"
             ),
-            own_passes=frozenset({"choose-greedy-token", "use-skip-rms-norm"}),
+            own_passes=frozenset(
+                {"choose-greedy-token", "use-integer-matmul", "use-skip-rms-norm"}
+            ),
             logits_rows=8,
         ),
         _onnxruntime(

@@ -5,8 +5,7 @@ The runtime's own session gives the last row of logits; here all rows are looked
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,10 @@ from mvlm_export.engines.errors import EngineError
 from mvlm_export.engines.kv_cache import CacheShape
 from mvlm_export.engines.ort_api import import_onnxruntime, ort_errors, session_options
 
+from .parity_closing import Closing
 from .reference import Step
 
 Array = npt.NDArray[Any]
-Opened = TypeVar("Opened", bound="_OrtSession")
 
 
 class OrtGraphs:
@@ -38,7 +37,7 @@ class OrtGraphs:
         return OrtForcedDecoder(self._bundle, self._threads)
 
 
-class _OrtSession:
+class _OrtSession(Closing[Any]):
     """Use as a context manager: the graph's memory is given back at the end of the block.
 
     Raises:
@@ -54,22 +53,12 @@ class _OrtSession:
         options.enable_mem_pattern = False  # every step has another past length
         path, providers = str(bundle.graph_path(name)), ["CPUExecutionProvider"]
         with ort_errors(self._ort, name, "load"):
-            self._session = self._ort.InferenceSession(path, options, providers=providers)
+            session = self._ort.InferenceSession(path, options, providers=providers)
+        super().__init__(session)
         self._inputs = {
             tensor.name: np.dtype(tensor.dtype)
             for tensor in bundle.manifest.graphs[name].inputs
         }
-
-    def __enter__(self: Opened) -> Opened:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._session = None
 
     def _run(self, *values: Array) -> list[Array]:
         """Every output for the inputs in order; each is cast to the dtype the graph takes.
@@ -88,7 +77,7 @@ class _OrtSession:
             for (name, dtype), value in zip(self._inputs.items(), values, strict=True)
         }
         with ort_errors(self._ort, self.name, "run"):
-            outputs: list[Array] = self._session.run(None, feeds)
+            outputs: list[Array] = self._opened.run(None, feeds)
         return outputs
 
 

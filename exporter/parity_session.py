@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,11 @@ from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.kv_cache import KvCache
 from mvlm_export.engines.session import Backend, BackendOptions, DecoderSession, GraphSession
 
+from .parity_closing import Closing
 from .parity_ort import OrtGraphs
 from .reference import Step
 
 Array = npt.NDArray[Any]
-Session = TypeVar("Session")
-Opened = TypeVar("Opened", bound="_Closing[Any]")
 
 
 class ImageGraph(Protocol):
@@ -118,30 +117,7 @@ class SessionGraphs:
         return SessionForcedDecoder(self._backend.open_decoder())
 
 
-class _Closing(Generic[Session]):
-    """Drops its session, and with it the graph's memory, at the end of a ``with`` block."""
-
-    def __init__(self, session: Session) -> None:
-        self._session: Session | None = session
-
-    def __enter__(self: Opened) -> Opened:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._session = None
-
-    @property
-    def _opened(self) -> Session:
-        assert self._session is not None, "its block has ended"
-        return self._session
-
-
-class SessionImageGraph(_Closing[GraphSession]):
+class SessionImageGraph(Closing[GraphSession]):
     """A session of the vision encoder or the projector."""
 
     def run(self, array: Array) -> Array:
@@ -149,7 +125,7 @@ class SessionImageGraph(_Closing[GraphSession]):
         return self._opened.run(array)
 
 
-class SessionForcedDecoder(_Closing[DecoderSession]):
+class SessionForcedDecoder(Closing[DecoderSession]):
     """A session of the decoder, with one cache for all sequences."""
 
     def __init__(self, session: DecoderSession) -> None:

@@ -109,6 +109,7 @@ OPTIONAL: dict[str, str] = {
     FusePoolIntoDepthwise.name: FusePoolIntoDepthwise.summary,
     MoveBlockToChannelsLast.name: MoveBlockToChannelsLast.summary,
     ChooseGreedyToken.name: ChooseGreedyToken.summary,
+    UseIntegerMatMul.name: UseIntegerMatMul.summary,
     UseSkipRmsNorm.name: UseSkipRmsNorm.summary,
 }
 """Passes that run only when asked for, or where the target has them as its own (``own_passes``
@@ -266,7 +267,7 @@ def _lower(
     if name == "decoder" and form == "fixed":
         rewrite = _fixed_form(target)(facts.positions)
         steps.append(Step(rewrite, Expect(facts.decoder_layers, "one a layer")))
-    if has_contrib and target.provider == "cpu" and name != "decoder":
+    if has_contrib and name != "decoder":
         steps.append(Step(UseIntegerMatMul()))
     if has_contrib:
         steps += [

@@ -32,7 +32,7 @@ IMAGE = 336
 
 
 class Worker:
-    """One engine; a subclass overrides what it can do.
+    """One engine; a subclass overrides what its ``sees`` and ``speaks`` promise.
 
     Attributes:
         sees: it encodes pictures; ``encode`` alone, or ``encode`` and ``project``.
@@ -57,19 +57,23 @@ class Worker:
 
     def encode(self) -> None:
         """The picture through the vision encoder."""
-        raise NotImplementedError
+        raise self._lacking()
 
     def project(self) -> None:
         """Its features through the projector."""
-        raise NotImplementedError
+        raise self._lacking()
 
     def prefill(self, ids: np.ndarray[Any, Any]) -> int:
         """An empty cache, then the prompt in one call; the likeliest next id."""
-        raise NotImplementedError
+        raise self._lacking()
 
     def step(self, token: int) -> int:
         """One token more; the likeliest next id."""
-        raise NotImplementedError
+        raise self._lacking()
+
+    def _lacking(self) -> TypeError:
+        name = type(self).__name__
+        return TypeError(f"{name} was asked for a phase that ``sees`` and ``speaks`` exclude.")
 
     def outputs(self) -> dict[str, np.ndarray[Any, Any]]:
         """``image_rows`` of the picture, ``logits`` of the prompt's last row, where known."""
