@@ -43,6 +43,7 @@ Progress = Callable[[int, int, str], None]
 
 _SCALES = "smoothing-scales"
 _INPUTS = "activation-scales"
+_CACHE = "cache-scales"
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,21 @@ class GraphQuantization:
     Attributes:
         scales: that move from activations into weights, by site.
         plan: weights and activation scales by layer.
+        cache_scales: of keys and values of an 8-bit cache, by ``present.{n}.key`` and
+            ``.value``; empty where the cache stays in float.
         exponents: a of each site's scales, for the report.
     """
 
     scales: Scales
     plan: Mapping[str, LayerPlan]
+    cache_scales: Mapping[str, float] = field(default_factory=dict)
     exponents: Mapping[str, float] = field(default_factory=dict)
 
     def steps(self) -> list[Step]:
-        """The passes that write it into a graph like the one it was made from."""
+        """The passes that write layers into a graph like the one it was made from.
+
+        An 8-bit cache is the lowering's: what holds it depends on the target.
+        """
         moved, written = len(self.scales), len(self.plan)
         steps = []
         if moved:
@@ -79,7 +86,8 @@ class GraphQuantization:
             }
             for name, part in self.plan.items()
         }
-        return {"layers": layers, "exponents": dict(self.exponents)}
+        cache = {"cache_scales": dict(self.cache_scales)} if self.cache_scales else {}
+        return {"layers": layers, "exponents": dict(self.exponents), **cache}
 
 
 def quantize_graph(
@@ -138,8 +146,30 @@ class _GraphQuantizer:
         scales = self._scales(graph)
         if scales:
             MoveScales(scales).apply(graph)
+        cache_scales = self._cache_scales(graph)
         plan = self._round_layers(graph)
-        return GraphQuantization(scales, plan, self.exponents)
+        return GraphQuantization(scales, plan, cache_scales, self.exponents)
+
+    def _cache_scales(self, graph: gs.Graph) -> dict[str, float]:
+        """Of each cache output, before anything is rounded; nothing is clipped."""
+        if self.recipe.kv_cache_dtype is None:
+            return {}
+        kept = self.store.read_json(_CACHE)
+        if kept is not None:
+            return dict(kept)
+        rows = [tensor for tensor in graph.outputs if tensor.name.startswith("present.")]
+        walker = GraphWalker(graph, self.feeds(), self.threads)
+        scales: dict[str, float] = {}
+        for index, tensor in enumerate(rows):
+            self.progress(index, len(rows), f"range of {tensor.name}")
+            check_dtype(tensor)
+            observer = make_observer("min-max", tensor.name)
+            for sample in walker.advance([tensor]):
+                observer.update(sample[tensor.name])
+            scales[tensor.name] = float(scale_of(observer.amax()))
+        self.progress(len(rows), len(rows), "ranges of the KV cache")
+        self.store.write_json(_CACHE, scales)
+        return scales
 
     def _require_forms(self, graph: gs.Graph) -> None:
         """Refuse what the graph could not be written as, before it is computed."""
@@ -232,7 +262,7 @@ class _GraphQuantizer:
             layer.name in inputs and (layer.weight is None or self.store.find(layer.name))
             for layer in layers
         )
-        if done or not self.recipe.needs_data:
+        if done or not self.recipe.rounds_by_data:
             return None
         return GraphWalker(graph, self.feeds(), self.threads)
 

@@ -25,6 +25,9 @@ Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 
 Dtype = Literal["float32", "float16"]
 
+CacheDtype = Literal["int8"]
+"""What the KV cache may be stored as, other than the graph's floats."""
+
 PRODUCT = "product"
 """Ranges of what linear layers read are those by which their product loses least; what else
 is quantized reaches to its largest value. See :mod:`.product_clip`."""
@@ -66,6 +69,7 @@ class GraphRecipe:
         smooth: choose scales of channels before 8-bit activations (SmoothQuant).
         observer: how far activations reach; one of ``RANGES``.
         rules: exceptions, first match first.
+        kv_cache_dtype: of keys and values in the decoder's cache; None for the graph's own.
 
     Raises:
         InputError: settings that do not go together.
@@ -79,6 +83,7 @@ class GraphRecipe:
     smooth: bool = False
     observer: str = "mse"
     rules: tuple[Rule, ...] = ()
+    kv_cache_dtype: CacheDtype | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -100,6 +105,11 @@ class GraphRecipe:
             )
         if self.embedding is not None and not self.embedding.symmetric:
             raise InputError("The token table takes no offsets. Make it symmetric.")
+        if self.kv_cache_dtype not in (None, *get_args(CacheDtype)):
+            raise InputError(
+                f"There is no kv_cache_dtype {self.kv_cache_dtype!r}. Choose one of "
+                f"{', '.join(get_args(CacheDtype))}, or leave it out for the graph's own."
+            )
         if self.observer not in RANGES:
             raise InputError(
                 f"There is no observer {self.observer!r}. Choose one of {', '.join(RANGES)}."
@@ -108,14 +118,24 @@ class GraphRecipe:
     @property
     def is_float(self) -> bool:
         """Whether nothing is quantized."""
+        return self.has_float_layers and self.kv_cache_dtype is None
+
+    @property
+    def has_float_layers(self) -> bool:
+        """Whether no layer is quantized; the KV cache may be."""
         forms = [self.weights, self.embedding, *(rule.form for rule in self.rules)]
         return not self.attention and all(form is None for form in forms)
 
     @property
     def needs_data(self) -> bool:
         """Whether samples must be run."""
+        return self.rounds_by_data or self.kv_cache_dtype is not None
+
+    @property
+    def rounds_by_data(self) -> bool:
+        """Whether what becomes of a layer depends on samples."""
         by_rows = self.activations or self.attention or self.method != "rtn"
-        return by_rows and not self.is_float
+        return by_rows and not self.has_float_layers
 
     def form_of(self, name: str, kind: LayerKind) -> WeightFormat | None:
         """What a layer is stored as."""
@@ -153,6 +173,11 @@ class Recipe:
                 f"There is no dtype {self.dtype!r}. Choose one of "
                 f"{', '.join(get_args(Dtype))}, or leave it out."
             )
+        for graph in ("vision_encoder", "projector"):
+            if self.graph(graph).kv_cache_dtype is not None:
+                raise InputError(
+                    f"{graph}.kv_cache_dtype means nothing: the decoder alone has a cache."
+                )
 
     def graph(self, name: str) -> GraphRecipe:
         """The recipe of one graph, by its name."""
@@ -169,10 +194,19 @@ class Recipe:
         """Whether samples must be run."""
         return any(self.graph(name).needs_data for name in GRAPHS)
 
+    def with_kv_cache(self, dtype: CacheDtype) -> Recipe:
+        """This recipe with another KV cache, which its name tells (``int4-kv8``)."""
+        if self.decoder.kv_cache_dtype == dtype:
+            return self
+        decoder = replace(self.decoder, kv_cache_dtype=dtype)
+        return replace(self, name=f"{self.name}-{_SUFFIXES[dtype]}", decoder=decoder)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with type and version."""
         return {"_type": TYPE, "_version": VERSION, **asdict(self)}
 
+
+_SUFFIXES: Mapping[CacheDtype, str] = {"int8": "kv8"}
 
 _W8A8 = GraphRecipe(INT8, activations=True)
 _SMOOTH = replace(_W8A8, smooth=True, observer=PRODUCT)
@@ -277,6 +311,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "layers": (str,),
     "bits": (int,),
     "group_size": (int, type(None)),
+    "kv_cache_dtype": (str, type(None)),
     "symmetric": (bool,),
 }
 """What JSON gives for plain fields."""

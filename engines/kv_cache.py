@@ -25,7 +25,8 @@ import numpy.typing as npt
 from .errors import EngineError
 from .host_memory import zeros_on_demand
 
-CacheArray = npt.NDArray[np.floating[Any]]
+CacheArray = npt.NDArray[np.number[Any]]
+"""Rows: float16, float32, or int8 codes, each worth the manifest's scale of its tensor."""
 KvForm = Literal["append", "fixed"]
 KV_FORMS: tuple[KvForm, ...] = ("append", "fixed")
 """Forms of the decoder's cache, by the manifest's name."""
@@ -42,7 +43,7 @@ class CacheShape:
 
     Attributes:
         capacity: most rows (positions) it can hold.
-        dtype: numpy's name of the element type, ``float32`` or ``float16``.
+        dtype: numpy's name of the element type, ``float32``, ``float16`` or ``int8``.
         form: how the rows lie in memory, one of ``KV_FORMS``.
     """
 

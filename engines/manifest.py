@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -23,6 +24,7 @@ LAST_ROWS = "R"
 """Axis of logits that are those of the last rows alone: R = min(S, logits_rows)."""
 
 GRAPH_DTYPES = ("float32", "float16")
+CACHE_DTYPES = (*GRAPH_DTYPES, "int8")
 _PIXEL_DTYPES = (*GRAPH_DTYPES, "uint8")
 _TENSOR_DTYPES = (*GRAPH_DTYPES, "int64", "int32", "int8", "uint8", "bool")
 _LARGEST = 2**31 - 1
@@ -90,6 +92,8 @@ class Manifest:
             ``fixed``: it writes them into the whole cache, head-major, at ``past_length``.
         logits_rows: most rows of logits that the decoder gives, where their axis is
             ``LAST_ROWS``.
+        cache_scales: what a code of an int8 cache is worth, for each of its tensors: key 0,
+            value 0, key 1, ...; empty where the cache holds floats.
         files: sha256 of every file the bundle was made with, by path inside it.
         tools: versions of the packages that made the bundle.
         source: where the weights came from: checkpoint ``path`` and ``fingerprint``.
@@ -106,6 +110,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     logits_rows: int = 1
+    cache_scales: tuple[float, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -151,9 +156,14 @@ class Manifest:
             "files": lambda key: _read_files(top, key),
             "source": top.texts,
             "logits_rows": top.size,
+            "cache_scales": lambda key: _read_scales(top, key),
         }
         optional = {key: read(key) for key, read in readers.items() if key in top.data}
         manifest = cls(model, top.text("target"), top.text("recipe"), graphs, **optional)
+        wanted = 2 * model.num_layers if manifest.cache_dtype == "int8" else 0
+        if len(manifest.cache_scales) != wanted:
+            found = list(manifest.cache_scales)
+            raise _damaged("cache_scales", found, f"a list of {wanted} scales")
         for name, graph in graphs.items():
             if manifest.files and graph.file not in manifest.files:
                 raise _damaged(f"graphs.{name}.file", graph.file, "a path that 'files' lists")
@@ -336,7 +346,7 @@ def _check_dtypes(graph: _Record, tensors: tuple[TensorSpec, ...]) -> None:
         if tensor.name == "pixel_values":
             allowed = _PIXEL_DTYPES
         elif tensor.name.startswith(("past_key_values.", "present.")):
-            allowed = GRAPH_DTYPES
+            allowed = CACHE_DTYPES
         if allowed and tensor.dtype not in allowed:
             place = f"{graph.place}.{tensor.name}.dtype"
             raise _damaged(place, tensor.dtype, f"one of {', '.join(allowed)}")
@@ -352,6 +362,13 @@ def _read_tensors(graph: _Record, key: str) -> tuple[TensorSpec, ...]:
         dtype = tensor.choice("dtype", _TENSOR_DTYPES)
         tensors.append(TensorSpec(tensor.text("name"), dtype, tuple(shape)))
     return tuple(tensors)
+
+
+def _read_scales(top: _Record, key: str) -> tuple[float, ...]:
+    scales = top.items(key)
+    if not all(isinstance(scale, float) and 0 < scale < math.inf for scale in scales):
+        raise top.bad(key, "a list of positive numbers")
+    return tuple(scales)
 
 
 def _read_files(top: _Record, key: str) -> dict[str, str]:

@@ -61,6 +61,7 @@ class ModelSizes:
         image_tokens: decoder rows of one image.
         images: that one call and one prompt may hold.
         width: bytes of a value: 2 for float16.
+        cache_width: of a value in the cache.
     """
 
     hidden: int
@@ -77,12 +78,13 @@ class ModelSizes:
     image_tokens: int
     images: int
     width: int
+    cache_width: int
     kv_form: KvForm
 
     @property
     def cache(self) -> int:
         """Bytes of all keys and values."""
-        return 2 * self.layers * self.max_length * self.kv_width * self.width
+        return 2 * self.layers * self.max_length * self.kv_width * self.cache_width
 
     @property
     def buffers(self) -> int:

@@ -31,6 +31,26 @@ def import_onnxruntime(extra: str = "cpu") -> Any:  # noqa: ANN401
     return onnxruntime
 
 
+INT8_CACHE_SINCE = (1, 27)
+"""First ONNX Runtime whose CPU keeps keys and values in 8 bits."""
+
+
+def require_int8_cache(ort: Any) -> None:  # noqa: ANN401
+    """Check that this ONNX Runtime runs decoders with an int8 cache.
+
+    Raises:
+        EngineError: it is too old.
+    """
+    found = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if found < INT8_CACHE_SINCE:
+        since = ".".join(map(str, INT8_CACHE_SINCE))
+        raise EngineError(
+            f"A KV cache of int8 needs ONNX Runtime {since} or newer, which needs Python "
+            f"3.11, and {ort.__version__} is installed. Update it, or compile the bundle "
+            "without --kv-cache-dtype."
+        )
+
+
 def session_options(
     ort: Any,  # noqa: ANN401
     threads: int | None = None,

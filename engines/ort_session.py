@@ -30,7 +30,7 @@ from .kv_cache import (
     cache_names,
 )
 from .manifest import LAST_ROWS, NEXT_TOKEN, ModelSpec, graph_tensors
-from .ort_api import import_onnxruntime, ort_errors, session_options
+from .ort_api import import_onnxruntime, ort_errors, require_int8_cache, session_options
 from .session import (
     BackendOptions,
     Float32Array,
@@ -45,6 +45,7 @@ _DTYPES = {
     "tensor(float16)": "float16",
     "tensor(int32)": "int32",
     "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
 }
 
 
@@ -70,8 +71,8 @@ class OrtBackend:
     Raises:
         InputError: there is no such provider.
         MissingPackageError: ONNX Runtime is not installed.
-        EngineError: this ONNX Runtime does not have the provider, or the bundle is lowered to
-            a form of cache that it does not run.
+        EngineError: this ONNX Runtime does not have the provider, or is too old for an int8
+            cache; or the bundle is lowered to a form of cache that it does not run.
     """
 
     def __init__(self, bundle: Bundle, options: BackendOptions) -> None:
@@ -88,6 +89,8 @@ class OrtBackend:
                 "with `--target cpu`."
             )
         self._ort = import_onnxruntime(provider.extra)
+        if bundle.manifest.cache_scales:
+            require_int8_cache(self._ort)
         self._bundle = bundle
         self._provider = provider
         self._threads = options.threads

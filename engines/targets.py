@@ -90,6 +90,7 @@ class Target:
         own_passes: names of optional graph passes that run for it without being asked for.
         logits_rows: most rows of logits that its decoder gives, the last ones; with more than
             one a drafted continuation is verified in one call.
+        kv_cache_dtypes: what its decoder's cache may be stored as, beside the graph's floats.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Target:
     gpu_ghz: float | None = None
     own_passes: frozenset[str] = frozenset()
     logits_rows: int = 1
+    kv_cache_dtypes: frozenset[str] = frozenset()
 
     @property
     def memory_bytes(self) -> int | None:
@@ -354,6 +356,7 @@ TARGETS: dict[str, Target] = {
                 {"choose-greedy-token", "use-integer-matmul", "use-skip-rms-norm"}
             ),
             logits_rows=8,
+            kv_cache_dtypes=frozenset({"int8"}),
         ),
         _onnxruntime(
             "cuda", "ONNX Runtime on CUDA", "fp16", "CUDAExecutionProvider", "append"

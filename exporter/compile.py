@@ -13,13 +13,16 @@ from mvlm_export.engines.build import build_engines, build_stand_in
 from mvlm_export.engines.bundle import PREFIX, REPORT, Bundle, BundleWriter, write_json
 from mvlm_export.engines.doctor import read_memory
 from mvlm_export.engines.errors import MissingPackageError
-from mvlm_export.engines.manifest import GraphSpec, Manifest
+from mvlm_export.engines.kv_cache import cache_names
+from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec
+from mvlm_export.engines.ort_api import import_onnxruntime, require_int8_cache
 from mvlm_export.engines.plan_profiles import stored_weight_kind
 from mvlm_export.engines.prefix import PromptPrefix, save_prefix
 from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
 from mvlm_export.engines.trt_api import load_tensorrt
 from mvlm_export.engines.trt_profiles import WeightKind
 from mvlm_export.passes.conformance import check_conformance
+from mvlm_export.passes.lowering.quantize_kv_cache import quantize_rows
 
 from .assemble import copy_files, graph_spec, tool_versions
 from .compile_inputs import CompileInputs, model_quantizer, read_inputs
@@ -90,7 +93,8 @@ class Compiler:
             )
             budget = self._meet_budget(inputs)
             passes, quantized = self._export_graphs(writer.folder, inputs)
-            self._write_prefix(writer.folder, inputs)
+            cache_scales = _cache_scales(quantized, inputs.model)
+            self._write_prefix(writer.folder, inputs, cache_scales)
             copy_files(self.resolved.folder, writer.folder)
             graphs = {
                 name: graph_spec(writer.folder, name, self.resolved.dtype)
@@ -99,7 +103,7 @@ class Compiler:
             noted = {"passes": passes} | ({"quantization": quantized} if quantized else {})
             checks = self._check_graphs(writer.folder, graphs, inputs, quantized) | noted
             self.listener.stage("Hashing the bundle")
-            bundle = writer.seal(self._manifest(inputs, graphs, checks))
+            bundle = writer.seal(self._manifest(inputs, graphs, checks, cache_scales))
             report: dict[str, Any] = {
                 "settings": self.resolved.to_json(),
                 "preflight": _preflight_json(inputs.checked),
@@ -117,6 +121,9 @@ class Compiler:
         if self.resolved.builds_here:
             load_tensorrt(self.resolved.target.runtime)
         if importlib.util.find_spec("onnxruntime") is not None:
+            runs = self.given.parity or self.given.verify_passes
+            if runs and self.resolved.recipe.decoder.kv_cache_dtype is not None:
+                require_int8_cache(import_onnxruntime())
             return
         if self.given.parity:
             raise MissingPackageError(
@@ -171,14 +178,16 @@ class Compiler:
                 None if quantizer is None else quantizer.quantize,
             )
             report[name] = pass_report(records)
-            if chosen.plan:
+            if chosen.plan or chosen.cache_scales:
                 quantized[name] = chosen.to_json()
         if quantizer is not None:
             quantizer.close()
         shutil.rmtree(self._sensitivity_folder, ignore_errors=True)
         return report, quantized
 
-    def _write_prefix(self, folder: Path, inputs: CompileInputs) -> None:
+    def _write_prefix(
+        self, folder: Path, inputs: CompileInputs, cache_scales: tuple[float, ...]
+    ) -> None:
         """Compute the cache rows that every prompt begins with."""
         template = get_template(inputs.model.template)
         ids = tokenize_constant_prefix(template, inputs.tokenizer)
@@ -193,6 +202,8 @@ class Compiler:
             self.resolved.dtype,
             self.listener.advance,
         )
+        if cache_scales:
+            rows = list(map(quantize_rows, rows, cache_scales))
         save_prefix(folder / PREFIX, PromptPrefix(ids, tuple(rows)))
 
     def _check_graphs(
@@ -250,6 +261,7 @@ class Compiler:
         inputs: CompileInputs,
         graphs: dict[str, GraphSpec],
         checks: dict[str, Any],
+        cache_scales: tuple[float, ...],
     ) -> Manifest:
         target = self.resolved.target
         return Manifest(
@@ -260,6 +272,7 @@ class Compiler:
             graphs=graphs,
             kv_form=inputs.plan.kv_form,
             logits_rows=inputs.plan.options.logits_rows,
+            cache_scales=cache_scales,
             tools=tool_versions(),
             checks=checks,
             source=inputs.source,
@@ -289,6 +302,13 @@ class Compiler:
         report["parity"] = parity.to_json()
         report["accuracy"] = parity.accuracy.to_json()
         return parity
+
+
+def _cache_scales(quantized: dict[str, Any], model: ModelSpec) -> tuple[float, ...]:
+    """Of an 8-bit cache, in the manifest's order; none for one in float."""
+    scales = quantized.get("decoder", {}).get("cache_scales", {})
+    names = cache_names("present", model.num_layers) if scales else []
+    return tuple(scales[name] for name in names)
 
 
 def _preflight_json(checked: PreflightReport) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mvlm_export.calibration.data import Sample, choose_samples, read_samples
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.manifest import ModelSpec
 from mvlm_export.engines.tokenizer import LlamaTokenizer
-from mvlm_export.passes.pipeline import PipelineOptions, require_enabled
+from mvlm_export.passes.pipeline import PipelineOptions, require_enabled, require_kv_cache
 
 from .assemble import checkpoint_source, image_processor, model_spec
 from .checkpoint import Checkpoint
@@ -187,6 +187,9 @@ class _Reader:
         )
         facts, target = model_facts(config, model), self.resolved.target
         require_enabled(facts, target, options)
+        kv_cache_dtype = self.resolved.recipe.decoder.kv_cache_dtype
+        if kv_cache_dtype is not None:
+            require_kv_cache(kv_cache_dtype, facts, target, options)
         return GraphPlan(
             config,
             facts,

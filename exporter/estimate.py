@@ -15,11 +15,12 @@ import numpy as np
 import onnx
 
 from mvlm_export.calibration.recipe import RECIPES, Recipe
-from mvlm_export.engines.kv_cache import KvForm
+from mvlm_export.engines.kv_cache import KvForm, cache_names
 from mvlm_export.engines.manifest import ModelSpec
 from mvlm_export.engines.memory_plan import GraphLoad, MemoryPlan, ModelSizes, plan_memory
 from mvlm_export.engines.plan_profiles import MAX_IMAGES
 from mvlm_export.engines.targets import Target
+from mvlm_export.passes.pipeline import require_cache_dtype
 
 from .estimate_layers import EMBEDDING as EMBEDDING_LAYER
 from .estimate_layers import StoredLayer, store_layers
@@ -122,16 +123,18 @@ def estimate_model(
         max_length: rows of the cache; None for the model's own limit.
 
     Raises:
-        InputError: ``max_length`` is beyond the model's limit, or too short for a picture.
+        InputError: ``max_length`` is beyond the model's limit, or too short for a picture; the
+            target has no cache of the recipe's dtype.
     """
     config = config.limited(max_length)
     width = float_width(recipe, target)
+    cache_width = _cache_width(recipe, target, width)
     layers = store_layers(config, recipe, width)
     loads = [
         GraphLoad(graph, sum(s.bytes for s in stored), sum(s.four_bit for s in stored))
         for graph, stored in layers.items()
     ]
-    sizes = _config_sizes(config, width, target.kv_form)
+    sizes = _config_sizes(config, width, cache_width, target.kv_form)
     return ModelEstimate(
         model=name,
         target=target,
@@ -139,7 +142,7 @@ def estimate_model(
         max_length=config.text.max_position_embeddings,
         weights={graph: _by_form(stored, width) for graph, stored in layers.items()},
         plan=plan_memory(loads, sizes, target),
-        speed=estimate_speed(config, layers, target, width, target.kv_form),
+        speed=estimate_speed(config, layers, target, width, cache_width),
         paper=PAPER.get(name),
     )
 
@@ -147,6 +150,15 @@ def estimate_model(
 def float_width(recipe: Recipe, target: Target) -> int:
     """Bytes of what the recipe leaves in float."""
     dtype = recipe.dtype or RECIPES[target.default_recipe].dtype
+    return int(np.dtype(dtype).itemsize)
+
+
+def _cache_width(recipe: Recipe, target: Target, width: int) -> int:
+    """Bytes of a value in the cache."""
+    dtype = recipe.decoder.kv_cache_dtype
+    if dtype is None:
+        return width
+    require_cache_dtype(dtype, target)
     return int(np.dtype(dtype).itemsize)
 
 
@@ -158,7 +170,9 @@ def _by_form(stored: tuple[StoredLayer, ...], width: int) -> dict[str, int]:
     return sizes
 
 
-def _config_sizes(config: ModelConfig, width: int, form: KvForm) -> ModelSizes:
+def _config_sizes(
+    config: ModelConfig, width: int, cache_width: int, form: KvForm
+) -> ModelSizes:
     text, vision = config.text, config.vision
     return ModelSizes(
         hidden=text.hidden_size,
@@ -175,6 +189,7 @@ def _config_sizes(config: ModelConfig, width: int, form: KvForm) -> ModelSizes:
         image_tokens=config.image_tokens,
         images=MAX_IMAGES,
         width=width,
+        cache_width=cache_width,
         kv_form=form,
     )
 
@@ -186,6 +201,7 @@ class _GraphFile:
         graph = onnx.load(str(path), load_external_data=False).graph
         self.shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         self._types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        self._inputs = {value.name: value.type.tensor_type for value in graph.input}
 
     def stored(self, name: str) -> int:
         """Bytes of one initializer: two 4-bit values share one."""
@@ -194,6 +210,12 @@ class _GraphFile:
         if bits is None:
             bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
         return (count * bits + 7) // 8
+
+    @property
+    def cache_width(self) -> int:
+        """Bytes of a value in a decoder's cache."""
+        kind = self._inputs[cache_names("past_key_values", 1)[0]].elem_type
+        return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
     def load(self, name: str) -> GraphLoad:
         four = sum(
@@ -261,5 +283,6 @@ def _graph_sizes(
         image_tokens=model.image_tokens,
         images=MAX_IMAGES,
         width=int(np.dtype(dtype).itemsize),
+        cache_width=files["decoder"].cache_width,
         kv_form=form,
     )

@@ -119,7 +119,7 @@ def _store(layer: Layer, recipe: GraphRecipe, width: int) -> StoredLayer:
 
 def _moved_scales(graph: str, recipe: GraphRecipe, config: ModelConfig) -> Iterator[Layer]:
     """A vector in each norm, where a recipe moves scales of channels into it."""
-    if recipe.smooth or (not recipe.is_float and "awq" in recipe.method):
+    if recipe.smooth or (not recipe.has_float_layers and "awq" in recipe.method):
         if graph == "decoder":
             count = 2 * config.text.num_hidden_layers + 1
             yield Layer("moved scales", None, count, config.text.hidden_size)

@@ -99,19 +99,19 @@ def estimate_speed(
     layers: Mapping[str, Sequence[StoredLayer]],
     target: Target,
     width: int,
-    form: KvForm,
+    cache_width: int,
 ) -> Speed:
     """The roofline of a whole answer.
 
     Args:
         layers: of :func:`.estimate_layers.store_layers`.
         width: bytes of a float value: products in float32 run at half the rate of float16.
-        form: of the cache.
+        cache_width: bytes of a value in the cache.
     """
-    text = config.text
+    text, form = config.text, target.kv_form
     prompt = min(config.image_tokens + PROMPT_TEXT, text.max_position_embeddings - 1)
     answer = min(ANSWER, text.max_position_embeddings - prompt)
-    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * width
+    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * cache_width
     filled = prompt + (answer - 1) / 2
     cache = cache_traffic(row, filled, text.max_position_embeddings, form)
     encoder, projector, decoder = (layers[name] for name in layers)

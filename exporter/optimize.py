@@ -102,7 +102,9 @@ def export_optimized(
     graph = bind_weights(capture_graph(name, plan.config), source)
     chosen = GraphQuantization({}, {}) if quantize is None else quantize(name, graph)
     manager = PassManager(
-        build_pipeline(name, plan.facts, plan.target, plan.options, chosen.steps()),
+        build_pipeline(
+            name, plan.facts, plan.target, plan.options, chosen.steps(), chosen.cache_scales
+        ),
         None if plan.dump_dir is None else plan.dump_dir / name,
         plan.verifier(),
     )

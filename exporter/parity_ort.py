@@ -5,6 +5,7 @@ The runtime's own session gives the last row of logits; here all rows are looked
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mvlm_export.engines.bundle import Bundle
 from mvlm_export.engines.errors import EngineError
 from mvlm_export.engines.kv_cache import CacheShape
 from mvlm_export.engines.ort_api import import_onnxruntime, ort_errors, session_options
+from mvlm_export.passes.lowering.quantize_kv_cache import dequantize_rows
 
 from .parity_closing import Closing
 from .reference import Step
@@ -103,6 +105,7 @@ class OrtForcedDecoder(_OrtSession):
             dtype=np.dtype(bundle.manifest.cache_dtype).name,
             form=bundle.manifest.kv_form,
         )
+        self._scales = bundle.manifest.cache_scales
         self._past: list[Array] = []
         self._embeds: Array | None = None
 
@@ -132,10 +135,15 @@ class OrtForcedDecoder(_OrtSession):
         self._past = [
             np.concatenate([old, new]) for old, new in zip(self._past, rows, strict=True)
         ]
-        return Step(logits, rows)
+        return Step(logits, float_rows(rows, self._scales))
 
     def _fill(self, rows: Array) -> Array:
         """A whole buffer that holds ``rows``; what is not filled is zero."""
         buffer = np.zeros(self._shape.buffer, rows.dtype)
         self._shape.as_rows(buffer)[: len(rows)] = rows
         return buffer
+
+
+def float_rows(rows: list[Array], scales: Sequence[float]) -> list[Array]:
+    """Rows of each cache tensor as floats; ``scales`` are those of the manifest."""
+    return list(map(dequantize_rows, rows, scales)) if scales else rows

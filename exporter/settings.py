@@ -14,7 +14,7 @@ from mvlm_export.engines.targets import Target, get_target
 
 if TYPE_CHECKING:
     from mvlm_export.calibration.budget import Budget
-    from mvlm_export.calibration.recipe import Recipe
+    from mvlm_export.calibration.recipe import CacheDtype, Recipe
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -43,6 +43,7 @@ class CompileSettings:
         model: checkpoint folder; None for the nano model that comes with the package.
         recipe: a name of ``calibration.recipe.RECIPES`` or a JSON file; None for the target's
             default.
+        kv_cache_dtype: ``int8`` for an 8-bit KV cache; None for the recipe's.
         calib_data: pictures, questions and answers that integers are chosen on; None for those
             of the package.
         calib_samples: how many of them are used.
@@ -67,6 +68,7 @@ class CompileSettings:
     target: str = "cpu"
     jetpack: int | None = None
     recipe: str | None = None
+    kv_cache_dtype: CacheDtype | None = None
     calib_data: Path | None = None
     calib_samples: int = 64
     budget: str | None = None
@@ -148,6 +150,8 @@ def resolve_settings(settings: CompileSettings) -> ResolvedSettings:
     from mvlm_export.calibration.recipe import RECIPES, find_recipe
 
     recipe = find_recipe(settings.recipe or target.default_recipe)
+    if settings.kv_cache_dtype is not None:
+        recipe = recipe.with_kv_cache(settings.kv_cache_dtype)
     dtype = recipe.dtype or RECIPES[target.default_recipe].dtype
     assert dtype is not None
     get_template(settings.template)
@@ -186,7 +190,7 @@ def _read_budget(text: str | None, recipe: Recipe) -> Budget | None:
     from mvlm_export.calibration.budget import Budget
 
     budget = Budget.parse(text)
-    if recipe.decoder.is_float or recipe.decoder.activations:
+    if recipe.decoder.has_float_layers or recipe.decoder.activations:
         raise InputError(
             f"--budget chooses 4-bit weights for some of the decoder's layers, and the recipe "
             f"{recipe.name!r} has none that could be mixed. Add --recipe int4."

@@ -94,10 +94,11 @@ CHANCE = 0.01
 
 
 def precision_of(manifest: Manifest, graph: str) -> str:
-    """A key of ``TOLERANCES``: the graph's dtype, or the integers of its coarsest layer."""
+    """A key of ``TOLERANCES``: the graph's dtype, or its coarsest integers, layer or cache."""
     layers = quantized_layers(manifest, graph)
     if not layers:
-        return manifest.graphs[graph].dtype
+        has_codes = graph == "decoder" and bool(manifest.cache_scales)
+        return "int8" if has_codes else manifest.graphs[graph].dtype
     is_int4 = any(str(layer["form"]).startswith("int4") for layer in layers.values())
     return "int4" if is_int4 else "int8"
 

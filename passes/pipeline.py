@@ -8,12 +8,12 @@ chosen by what a target can do, never by its name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.kv_cache import KvForm
-from mvlm_export.engines.targets import Target
+from mvlm_export.engines.targets import TARGETS, Target
 
 from .base import Expect, Pass, Step
 from .decoder.choose_greedy_token import ChooseGreedyToken
@@ -28,6 +28,7 @@ from .general.remove_cast_islands import RemoveCastIslands
 from .general.remove_dead_code import RemoveDeadCode
 from .lowering.convert_to_float16 import ConvertToFloat16
 from .lowering.dequantize_gathered_rows import DequantizeGatheredRows
+from .lowering.quantize_kv_cache import QuantizeKvCache
 from .lowering.use_group_query_attention import HEAD_MULTIPLE, UseGroupQueryAttention
 from .lowering.use_integer_matmul import UseIntegerMatMul
 from .lowering.use_matmul_nbits import INT8, UseMatMulNBits
@@ -49,6 +50,9 @@ from .vision.fold_pixel_normalization import FoldPixelNormalization
 
 FLOAT16_PASS = ConvertToFloat16.name
 """What makes a float16 recipe."""
+
+KV_CACHE_PASS = QuantizeKvCache.name
+"""What makes an 8-bit cache."""
 
 LAST_ROW_PASS = KeepLastRow.name
 """What leaves the logits of the last token alone."""
@@ -122,6 +126,7 @@ def build_pipeline(
     target: Target,
     options: PipelineOptions,
     quantization: Sequence[Step] = (),
+    cache_scales: Mapping[str, float] | None = None,
 ) -> list[Step]:
     """The steps for one graph.
 
@@ -129,6 +134,8 @@ def build_pipeline(
         name: ``vision_encoder``, ``projector`` or ``decoder``.
         quantization: what writes integers into the graph, between the exact rewrites and the
             conversion to float16.
+        cache_scales: of an 8-bit cache, as :class:`.QuantizeKvCache` takes them; None or empty
+            for one in float.
 
     Raises:
         InputError: a name in ``disabled`` or ``enabled`` is no pass, or is not optional.
@@ -137,7 +144,7 @@ def build_pipeline(
         *exact_steps(name, facts, options),
         *quantization,
         *_convert(options),
-        *_lower(name, facts, target, options),
+        *_lower(name, facts, target, options, cache_scales or {}),
     ]
     return _chosen(steps, replace(options, enabled=options.enabled | target.own_passes))
 
@@ -253,20 +260,63 @@ def cache_form(facts: ModelFacts, target: Target, options: PipelineOptions) -> K
     return target.kv_form
 
 
+def require_cache_dtype(dtype: str, target: Target) -> None:
+    """Refuse a recipe's cache that no decoder for this target has.
+
+    Raises:
+        InputError: the target has none of that dtype.
+    """
+    if dtype not in target.kv_cache_dtypes:
+        able = [t.name for t in TARGETS.values() if dtype in t.kv_cache_dtypes]
+        raise InputError(
+            f"Target {target.name!r} keeps its KV cache in the graph's floats, not in "
+            f"{dtype}. Leave the {dtype} cache out, or compile for {' or '.join(able)}."
+        )
+
+
+def require_kv_cache(
+    dtype: str, facts: ModelFacts, target: Target, options: PipelineOptions
+) -> None:
+    """Refuse a recipe's cache that the decoder's operators cannot hold.
+
+    Raises:
+        InputError: they cannot, or a pass that it needs is left out.
+    """
+    require_cache_dtype(dtype, target)
+    if cache_form(facts, target, options) != "fixed":
+        raise InputError(
+            f"A KV cache of {dtype} needs ONNX Runtime's GroupQueryAttention, which is "
+            f"disabled or cannot take heads of {facts.head_dim} (only multiples of "
+            f"{HEAD_MULTIPLE}). Leave the {dtype} cache out."
+        )
+    if KV_CACHE_PASS in options.disabled:
+        raise InputError(
+            f"The recipe's KV cache of {dtype} is made by the pass {KV_CACHE_PASS!r}, which "
+            "is disabled. Leave one of the two out."
+        )
+
+
 def _fixed_form(target: Target) -> type[UseGroupQueryAttention] | type[UseTensorScatter]:
     """What makes the fixed form out of the append form for a target."""
     return UseGroupQueryAttention if CONTRIB in target.extra_domains else UseTensorScatter
 
 
 def _lower(
-    name: str, facts: ModelFacts, target: Target, options: PipelineOptions
+    name: str,
+    facts: ModelFacts,
+    target: Target,
+    options: PipelineOptions,
+    cache_scales: Mapping[str, float],
 ) -> list[Step]:
     form = cache_form(facts, target, options)
     has_contrib = CONTRIB in target.extra_domains
     steps: list[Step] = []
     if name == "decoder" and form == "fixed":
         rewrite = _fixed_form(target)(facts.positions)
-        steps.append(Step(rewrite, Expect(facts.decoder_layers, "one a layer")))
+        each = Expect(facts.decoder_layers, "one a layer")
+        steps.append(Step(rewrite, each))
+        if cache_scales:
+            steps.append(Step(QuantizeKvCache(cache_scales), each))
     if has_contrib and name != "decoder":
         steps.append(Step(UseIntegerMatMul()))
     if has_contrib:
@@ -353,6 +403,7 @@ _PASSES: dict[str, type[Pass]] = {
         MergeQkv,
         MoveBlockToChannelsLast,
         MovePoolBeforePointwise,
+        QuantizeKvCache,
         RemoveCastIslands,
         RemoveDeadCode,
         ReshapeWithoutTransposes,

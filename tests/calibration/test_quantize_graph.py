@@ -17,6 +17,7 @@ from mvlm_export.passes.deferred import values_of
 from mvlm_export.passes.graph_io import bind_weight
 from mvlm_export.passes.pipeline import LAST_ROW_PASS, PipelineOptions, build_pipeline
 from mvlm_export.passes.verify import IdRange, OrtVerifier
+from tests.ort_versions import NEEDS_INT8_CACHE
 from tests.passes.graphs import assert_close, nano_graph, parse_graph
 from tests.passes.test_pipeline import facts_of
 
@@ -206,6 +207,63 @@ def test_numbers_are_those_of_its_own_walk(tmp_path):
         run_exactly(written(mlp(), chosen), feeds),
     )
     assert_close(found["z"], expected["z"])
+
+
+KV8 = GraphRecipe(kv_cache_dtype="int8")
+
+
+def with_cache():
+    """The MLP with its first two tensors as a layer's keys and values."""
+    graph = mlp()
+    tensors = graph.tensors()
+    graph.outputs = [tensors["z"], tensors["g"], tensors["u"]]
+    tensors["g"].name, tensors["u"].name = "present.0.key", "present.0.value"
+    return graph
+
+
+def test_a_cache_reaches_to_its_largest_value(tmp_path):
+    """Of any sample, in the float graph; the layers need not be quantized."""
+    feeds = inputs(40, 7)
+    feeds[1]["x"] *= 3
+    store = CountingStore(tmp_path / "s")
+    chosen = run(KV8, store, with_cache(), feeds)
+    assert not chosen.plan
+    assert not chosen.steps()
+    found = run_exactly(with_cache(), feeds)
+    for name in ("present.0.key", "present.0.value"):
+        largest = max(np.abs(sample[name]).max() for sample in found)
+        assert chosen.cache_scales[name] == pytest.approx(largest / 127, rel=1e-3)
+    assert set(chosen.cache_scales) == {"present.0.key", "present.0.value"}
+    assert chosen.to_json()["cache_scales"] == chosen.cache_scales
+    again = quantize_graph(with_cache(), KV8, store, lambda: pytest.fail("run again"), 1)
+    assert again.cache_scales == chosen.cache_scales
+
+
+def test_a_cache_counts_what_smoothing_leaves(tmp_path):
+    """Scales that move into a key's weight change what is cached."""
+    recipe = replace(SMOOTH, kv_cache_dtype="int8")
+    feeds = inputs(40)
+    chosen = run(recipe, CountingStore(tmp_path / "s"), with_cache(), feeds)
+    graph = with_cache()
+    PassManager(chosen.steps()[:1]).run(graph)
+    (found,) = run_exactly(graph, feeds)
+    for name, scale in chosen.cache_scales.items():
+        assert scale == pytest.approx(np.abs(found[name]).max() / 127, rel=1e-3)
+
+
+@NEEDS_INT8_CACHE
+def test_the_cpus_decoder_keeps_its_cache_in_8_bits(tmp_path):
+    recipe = replace(RECIPES["int4"].decoder, method="rtn", kv_cache_dtype="int8")
+    chosen = quantize(nano(), "decoder", recipe, tmp_path, samples=2)
+    facts, options = facts_of(nano().config), PipelineOptions("float32")
+    quantized = (chosen.steps(), chosen.cache_scales)
+    steps = build_pipeline("decoder", facts, get_target("cpu"), options, *quantized)
+    ids = IdRange(nano().config.text.vocab_size, rows=True)
+    verifier = OrtVerifier({"input_ids": ids}, threads=1)
+    records = PassManager(steps, verifier=verifier).run(nano_graph("decoder"))
+    (record,) = [r for r in records if r.name == "quantize-kv-cache"]
+    assert record.result.rewritten == facts.decoder_layers
+    assert 0 < record.verified < 0.1
 
 
 def test_a_report(tmp_path):

@@ -33,6 +33,7 @@ EVERYTHING = Recipe(
         "awq+gptq",
         embedding=INT8,
         rules=(Rule("model.layers.0.*", None), Rule("lm_head", WeightFormat(4, 32))),
+        kv_cache_dtype="int8",
     ),
     dtype="float16",
 )
@@ -112,6 +113,31 @@ def test_convolutions_stay_in_float_beside_4_bits():
     assert recipe.form_of("peg", "conv") == INT8
 
 
+def test_a_recipe_with_an_8_bit_cache():
+    recipe = RECIPES["int4"].with_kv_cache("int8")
+    assert recipe.name == "int4-kv8"
+    assert recipe == replace(
+        RECIPES["int4"],
+        name="int4-kv8",
+        decoder=replace(RECIPES["int4"].decoder, kv_cache_dtype="int8"),
+    )
+    assert recipe.with_kv_cache("int8") is recipe
+
+
+def test_a_cache_alone_needs_samples_and_its_layers_stay_in_float():
+    recipe = RECIPES["fp32"].with_kv_cache("int8")
+    assert recipe.decoder.has_float_layers
+    assert not recipe.is_float
+    assert recipe.needs_data
+    assert not recipe.decoder.rounds_by_data
+    assert not recipe.vision_encoder.needs_data
+
+
+def test_the_decoder_alone_has_a_cache():
+    with pytest.raises(InputError, match=r"projector\.kv_cache_dtype means nothing"):
+        Recipe("r", projector=GraphRecipe(kv_cache_dtype="int8"))
+
+
 @pytest.mark.parametrize(
     ("recipe", "is_float", "needs_data"),
     [
@@ -136,6 +162,7 @@ def test_what_needs_samples(recipe, is_float, needs_data):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
+        ({"kv_cache_dtype": "int4"}, "no kv_cache_dtype 'int4'. Choose one of int8, or leave"),
         ({"method": "best"}, "no method 'best'. Choose one of rtn, awq, gptq, awq.gptq"),
         ({"activations": True}, "8-bit activations need 8-bit weights"),
         ({"weights": INT4, "activations": True}, "8 by 4 bits have no kernel"),

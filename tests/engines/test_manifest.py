@@ -1,6 +1,7 @@
 """A manifest reads back as it was; anything else in it is an error that names the field."""
 
 import json
+from dataclasses import MISSING, fields, replace
 
 import pytest
 
@@ -52,6 +53,25 @@ def paths(value, path=()):
         yield from paths(item, (*path, key))
 
 
+SCALES = (0.5, 0.25, 1.5, 0.1)
+
+
+def with_codes(scales=SCALES):
+    """A manifest of a decoder whose cache is int8."""
+    manifest = full_manifest(kv_form="fixed", cache_scales=scales)
+    decoder = manifest.graphs["decoder"]
+
+    def in_codes(tensors):
+        return tuple(
+            replace(t, dtype="int8") if t.name.startswith(("past_key", "present")) else t
+            for t in tensors
+        )
+
+    inputs, outputs = in_codes(decoder.inputs), in_codes(decoder.outputs)
+    decoder = replace(decoder, inputs=inputs, outputs=outputs)
+    return replace(manifest, graphs={**manifest.graphs, "decoder": decoder})
+
+
 @pytest.mark.parametrize(
     "manifest",
     [
@@ -59,8 +79,9 @@ def paths(value, path=()):
         full_manifest(),
         full_manifest(kv_form="fixed"),
         full_manifest(logits_rows=8),
+        with_codes(),
     ],
-    ids=["bare", "full", "fixed", "rows"],
+    ids=["bare", "full", "fixed", "rows", "codes"],
 )
 def test_reads_back_what_was_written(manifest):
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
@@ -69,7 +90,9 @@ def test_reads_back_what_was_written(manifest):
 
 def test_fields_with_a_default_may_be_absent():
     data = tiny_manifest().to_json()
-    for key in ("kv_form", "jetpack", "tools", "checks", "files", "source", "logits_rows"):
+    kept = {field.name for field in fields(Manifest) if field.default is not MISSING}
+    kept |= {"tools", "checks", "files", "source"}
+    for key in kept - {"schema_version"}:
         del data[key]
     assert Manifest.from_json(data) == tiny_manifest()
 
@@ -133,6 +156,11 @@ WRONG = [
     ("logits_rows", True, "logits_rows is True"),
     ("logits_rows", "8", "logits_rows is '8'"),
     ("logits_rows", None, "logits_rows is None"),
+    ("cache_scales", 0.1, r"cache_scales is 0\.1, but a list"),
+    ("cache_scales", [0.1] * 4, r"cache_scales is .*, but a list of 0 scales"),
+    ("cache_scales", [0.1, -0.1], "cache_scales is .*, but a list of positive numbers"),
+    ("cache_scales", [True, 0.1], "cache_scales is .*, but a list of positive numbers"),
+    ("cache_scales", [float("nan")], "cache_scales is .*, but a list of positive numbers"),
     ("jetpack", "6", "jetpack is '6'"),
     ("tools", {"torch": 2}, r"tools\.torch is 2"),
     ("checks", [], r"checks is \[\]"),
@@ -140,6 +168,13 @@ WRONG = [
     ("schema_version", True, "schema version True"),
     ("schema_version", 2, "schema version 2"),
 ]
+
+
+@pytest.mark.parametrize("scales", [(), SCALES[:3], (*SCALES, 0.1)])
+def test_codes_need_a_scale_for_each_tensor(scales):
+    data = with_codes(scales).to_json()
+    with pytest.raises(BundleError, match="a list of 4 scales"):
+        Manifest.from_json(data)
 
 
 @pytest.mark.parametrize(("path", "value", "message"), WRONG)

@@ -29,6 +29,7 @@ SIZES = ModelSizes(
     image_tokens=144,
     images=1,
     width=2,
+    cache_width=2,
     kv_form="append",
 )
 FP16 = (

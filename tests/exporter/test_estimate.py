@@ -99,7 +99,7 @@ def test_products_are_those_of_real_graphs(compiled_for_orin):
     folder, bundle = compiled_for_orin
     config = read_config(folder)
     layers = store_layers(config, RECIPES[bundle.manifest.recipe], 2)
-    speed = estimate_speed(config, layers, ORIN, 2, "append")
+    speed = estimate_speed(config, layers, ORIN, 2, 2)
     encode, project, prefill, decode = speed.phases
     models = {
         name: onnx.load(str(bundle.graph_path(name)), load_external_data=False)
