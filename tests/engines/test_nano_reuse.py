@@ -34,7 +34,7 @@ def questions() -> list[tuple[Path, str]]:
     return [(IMAGES / sample["image"], sample["prompt"]) for sample in samples]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano model as captured, in float32: append form, normalised pixels."""
     folder, config = nano_checkpoint(), nano_config()
