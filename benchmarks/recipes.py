@@ -74,6 +74,8 @@ VARIANTS: Sequence[Variant] = (
     Variant(plain_int8()),
     *(Variant(int4_by(method)) for method in ("rtn", "awq", "gptq")),
     Variant(RECIPES["int4"]),
+    Variant(RECIPES["int8-int4"]),
+    *(Variant(RECIPES[name].with_kv_cache("int8")) for name in ("fp32", "int8-int4")),
     Variant(RECIPES["int8"], FOLDS),
     Variant(plain_int8(), FOLDS),
     Variant(int4_by("rtn"), FOLDS),

@@ -190,6 +190,11 @@ class Recipe:
         return all(self.graph(name).is_float for name in GRAPHS)
 
     @property
+    def has_float_layers(self) -> bool:
+        """Whether no layer is quantized; the KV cache may be."""
+        return all(self.graph(name).has_float_layers for name in GRAPHS)
+
+    @property
     def needs_data(self) -> bool:
         """Whether samples must be run."""
         return any(self.graph(name).needs_data for name in GRAPHS)

@@ -39,9 +39,9 @@ def open_sensitivity(
         MvlmError: PyTorch cannot export the graph.
     """
     recipe = resolved.recipe
-    if recipe.is_float:
+    if recipe.has_float_layers:
         raise InputError(
-            f"The recipe {recipe.name!r} quantizes nothing, so it says nothing of how to. "
+            f"The recipe {recipe.name!r} quantizes no layer, so it says nothing of how to. "
             "Start from int4."
         )
     require_mixable(graph, recipe, options)
