@@ -135,7 +135,7 @@ class OrtForcedDecoder(_OrtSession):
         self._past = [
             np.concatenate([old, new]) for old, new in zip(self._past, rows, strict=True)
         ]
-        return Step(logits, float_rows(rows, self._scales))
+        return Step(logits, _float_rows(rows, self._scales))
 
     def _fill(self, rows: Array) -> Array:
         """A whole buffer that holds ``rows``; what is not filled is zero."""
@@ -144,6 +144,6 @@ class OrtForcedDecoder(_OrtSession):
         return buffer
 
 
-def float_rows(rows: list[Array], scales: Sequence[float]) -> list[Array]:
+def _float_rows(rows: list[Array], scales: Sequence[float]) -> list[Array]:
     """Rows of each cache tensor as floats; ``scales`` are those of the manifest."""
     return list(map(dequantize_rows, rows, scales)) if scales else rows
