@@ -26,7 +26,7 @@ from mvlm_export.engines.session import BackendOptions
 from mvlm_export.exporter.cli.console import StageProgress, human_bytes, print_table
 from mvlm_export.exporter.compile import compile_checkpoint
 from mvlm_export.exporter.settings import CompileSettings, nano_checkpoint
-from mvlm_export.passes.pipeline import pass_names
+from mvlm_export.passes.pass_names import pass_names
 from mvlm_export.passes.statistics import file_statistics
 
 FORMS = ("captured", "shipped")

@@ -86,8 +86,7 @@ class GraphQuantization:
             }
             for name, part in self.plan.items()
         }
-        cache = {"cache_scales": dict(self.cache_scales)} if self.cache_scales else {}
-        return {"layers": layers, "exponents": dict(self.exponents), **cache}
+        return {"layers": layers, "exponents": dict(self.exponents)}
 
 
 def quantize_graph(

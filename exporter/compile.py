@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mvlm_export.calibration.quantize_graph import GraphQuantization
 from mvlm_export.engines.build import build_engines, build_stand_in
 from mvlm_export.engines.bundle import PREFIX, REPORT, Bundle, BundleWriter, write_json
 from mvlm_export.engines.doctor import read_memory
@@ -93,15 +94,16 @@ class Compiler:
             )
             budget = self._meet_budget(inputs)
             passes, quantized = self._export_graphs(writer.folder, inputs)
-            cache_scales = _cache_scales(quantized, inputs.model)
+            cache_scales = _cache_scales(quantized["decoder"], inputs.model)
             self._write_prefix(writer.folder, inputs, cache_scales)
             copy_files(self.resolved.folder, writer.folder)
             graphs = {
                 name: graph_spec(writer.folder, name, self.resolved.dtype)
                 for name in COMPONENTS
             }
-            noted = {"passes": passes} | ({"quantization": quantized} if quantized else {})
-            checks = self._check_graphs(writer.folder, graphs, inputs, quantized) | noted
+            plans = {name: part.to_json() for name, part in quantized.items() if part.plan}
+            noted = {"passes": passes} | ({"quantization": plans} if plans else {})
+            checks = self._check_graphs(writer.folder, graphs, inputs, plans) | noted
             self.listener.stage("Hashing the bundle")
             bundle = writer.seal(self._manifest(inputs, graphs, checks, cache_scales))
             report: dict[str, Any] = {
@@ -163,7 +165,7 @@ class Compiler:
 
     def _export_graphs(
         self, folder: Path, inputs: CompileInputs
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, GraphQuantization]]:
         """Write the three graphs; what their passes did and what was quantized, by graph."""
         quantizer = model_quantizer(self.resolved, inputs, self.listener)
         report, quantized = {}, {}
@@ -178,8 +180,7 @@ class Compiler:
                 None if quantizer is None else quantizer.quantize,
             )
             report[name] = pass_report(records)
-            if chosen.plan or chosen.cache_scales:
-                quantized[name] = chosen.to_json()
+            quantized[name] = chosen
         if quantizer is not None:
             quantizer.close()
         shutil.rmtree(self._sensitivity_folder, ignore_errors=True)
@@ -304,11 +305,10 @@ class Compiler:
         return parity
 
 
-def _cache_scales(quantized: dict[str, Any], model: ModelSpec) -> tuple[float, ...]:
+def _cache_scales(decoder: GraphQuantization, model: ModelSpec) -> tuple[float, ...]:
     """Of an 8-bit cache, in the manifest's order; none for one in float."""
-    scales = quantized.get("decoder", {}).get("cache_scales", {})
-    names = cache_names("present", model.num_layers) if scales else []
-    return tuple(scales[name] for name in names)
+    names = cache_names("present", model.num_layers) if decoder.cache_scales else []
+    return tuple(decoder.cache_scales[name] for name in names)
 
 
 def _preflight_json(checked: PreflightReport) -> dict[str, Any]:

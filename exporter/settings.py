@@ -201,7 +201,8 @@ def _read_budget(text: str | None, recipe: Recipe) -> Budget | None:
 def _check_passes(settings: CompileSettings, recipe: str, dtype: str) -> None:
     if not (settings.disabled_passes or settings.enabled_passes):
         return
-    from mvlm_export.passes.pipeline import FLOAT16_PASS, check_names
+    from mvlm_export.passes.pass_names import check_names
+    from mvlm_export.passes.pipeline import FLOAT16_PASS
 
     check_names(settings.disabled_passes, settings.enabled_passes)
     if dtype == "float16" and FLOAT16_PASS in settings.disabled_passes:

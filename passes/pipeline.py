@@ -7,15 +7,14 @@ chosen by what a target can do, never by its name.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.kv_cache import KvForm
 from mvlm_export.engines.targets import TARGETS, Target
 
-from .base import Expect, Pass, Step
+from .base import Expect, Step
 from .decoder.choose_greedy_token import ChooseGreedyToken
 from .decoder.constant_rotary_tables import ConstantRotaryTables
 from .decoder.fold_rotary_sign import FoldRotarySign
@@ -34,6 +33,7 @@ from .lowering.use_integer_matmul import UseIntegerMatMul
 from .lowering.use_matmul_nbits import INT8, UseMatMulNBits
 from .lowering.use_skip_rms_norm import UseSkipRmsNorm
 from .lowering.use_tensor_scatter import UseTensorScatter
+from .pass_names import OPTIONAL, check_names
 from .projector.fold_peg_skip import FoldPegSkip
 from .projector.fuse_pool_into_depthwise import FusePoolIntoDepthwise
 from .projector.move_block_to_channels_last import MoveBlockToChannelsLast
@@ -107,17 +107,6 @@ class PipelineOptions:
     enabled: frozenset[str] = frozenset()
     progress: Callable[[int, int, str], None] | None = None
     logits_rows: int = 1
-
-
-OPTIONAL: dict[str, str] = {
-    FusePoolIntoDepthwise.name: FusePoolIntoDepthwise.summary,
-    MoveBlockToChannelsLast.name: MoveBlockToChannelsLast.summary,
-    ChooseGreedyToken.name: ChooseGreedyToken.summary,
-    UseIntegerMatMul.name: UseIntegerMatMul.summary,
-    UseSkipRmsNorm.name: UseSkipRmsNorm.summary,
-}
-"""Passes that run only when asked for, or where the target has them as its own (``own_passes``
-of its record), with what they do."""
 
 
 def build_pipeline(
@@ -333,33 +322,6 @@ def _lower(
     return [*steps, Step(MergeDuplicateConstants()), Step(RemoveDeadCode())]
 
 
-def pass_names() -> list[str]:
-    """Names of every pass that some pipeline may run, in alphabetical order."""
-    return sorted(_PASSES)
-
-
-def check_names(disabled: Iterable[str], enabled: Iterable[str]) -> None:
-    """Refuse names that no pass has.
-
-    Raises:
-        InputError: a name is unknown or in both, or ``enabled`` names a pass that always runs.
-    """
-    disabled, enabled = list(disabled), list(enabled)
-    both = sorted(set(disabled) & set(enabled))
-    if both:
-        raise InputError(f"{', '.join(both)}: both --disable-pass and --enable-pass name it.")
-    for name in (*disabled, *enabled):
-        if name not in _PASSES:
-            close = difflib.get_close_matches(name, _PASSES, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"There is no pass {name!r}.{hint} Known: {', '.join(_PASSES)}.")
-    for name in enabled:
-        if name not in OPTIONAL:
-            raise InputError(
-                f"The pass {name!r} runs anyway; --enable-pass is for {', '.join(OPTIONAL)}."
-            )
-
-
 def require_enabled(facts: ModelFacts, target: Target, options: PipelineOptions) -> None:
     """Refuse an enabled pass that is in none of the pipelines for this target.
 
@@ -376,41 +338,3 @@ def require_enabled(facts: ModelFacts, target: Target, options: PipelineOptions)
             f"The pass {name!r} is not for target {target.name!r}: it would not run. Leave "
             "--enable-pass out, or choose another target."
         )
-
-
-_PASSES: dict[str, type[Pass]] = {
-    kind.name: kind
-    for kind in (
-        ChooseGreedyToken,
-        CleanLayout,
-        ConstantRotaryTables,
-        ConvertToFloat16,
-        DequantizeGatheredRows,
-        DropVisionTail,
-        FoldClassAndPosition,
-        FoldConstants,
-        FoldLayerNormAffine,
-        FoldPegSkip,
-        FoldPixelNormalization,
-        FoldQueryScale,
-        FoldRmsNormWeight,
-        FoldRotarySign,
-        FusePoolIntoDepthwise,
-        KeepLastRow,
-        MergeDuplicateConstants,
-        MergeEqualNodes,
-        MergeGateUp,
-        MergeQkv,
-        MoveBlockToChannelsLast,
-        MovePoolBeforePointwise,
-        QuantizeKvCache,
-        RemoveCastIslands,
-        RemoveDeadCode,
-        ReshapeWithoutTransposes,
-        UseGroupQueryAttention,
-        UseIntegerMatMul,
-        UseMatMulNBits,
-        UseSkipRmsNorm,
-        UseTensorScatter,
-    )
-}

@@ -10,13 +10,11 @@ from mvlm_export.engines.errors import InputError, PassError
 from mvlm_export.engines.targets import get_target
 from mvlm_export.passes.base import PassManager
 from mvlm_export.passes.deferred import values_of
+from mvlm_export.passes.pass_names import OPTIONAL, check_names, pass_names
 from mvlm_export.passes.pipeline import (
-    OPTIONAL,
     ModelFacts,
     PipelineOptions,
     build_pipeline,
-    check_names,
-    pass_names,
     require_enabled,
 )
 from mvlm_export.passes.verify import IdRange, OrtVerifier
