@@ -35,7 +35,7 @@ lint: setup
 types: setup
 	mkdir -p $(TYPING)/mvlm_export
 	for folder in $(FOLDERS); do ln -sfn $(CURDIR)/$$folder $(TYPING)/mvlm_export/$$folder; done
-	MYPYPATH=$(TYPING) $(BIN)/mypy -p mvlm_export.engines -p mvlm_export.passes -p mvlm_export.calibration
+	MYPYPATH=$(TYPING) $(BIN)/mypy $(FOLDERS:%=-p mvlm_export.%)
 
 unit: setup
 	$(BIN)/pytest -n 2 --dist loadfile

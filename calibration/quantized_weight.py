@@ -105,7 +105,7 @@ class StoredWeight:
 
 def pack(codes: Codes) -> npt.NDArray[np.uint8]:
     """Two 4-bit codes a byte, the earlier one in the low bits; an odd last one alone."""
-    flat = codes.reshape(-1).astype(np.uint8) & 0xF
+    flat = codes.reshape(-1).astype(np.uint8) & np.uint8(0xF)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     packed: npt.NDArray[np.uint8] = flat[0::2] | (flat[1::2] << np.uint8(4))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -249,7 +250,7 @@ def _scales_of(weight: StoredWeight, place: Callable[[Array], Array] | None) -> 
 
 
 def _stored(
-    name: str, shape: list[int], dtype: np.dtype, read: Callable[[], Array]
+    name: str, shape: list[int], dtype: np.dtype[Any], read: Callable[[], Array]
 ) -> gs.Constant:
     return gs.Constant(name, DeferredValues(shape, dtype, read))
 

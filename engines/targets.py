@@ -9,6 +9,7 @@ has a record for each compute capability that it builds for.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from .jetson_modules import ALIASES, JETSON_MODULES, JetsonModule
 from .kv_cache import KvForm
 
 RuntimeKind = Literal["tensorrt", "tensorrt_rtx", "onnxruntime"]
-RUNTIME_TITLES: dict[RuntimeKind, str] = {
+RUNTIME_TITLES: Mapping[str, str] = {
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT-RTX",
     "onnxruntime": "ONNX Runtime",

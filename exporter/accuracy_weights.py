@@ -102,7 +102,7 @@ def _codes_of(node: onnx.NodeProto, data_type: int) -> str:
 
 
 def _bytes_of(tensor: onnx.TensorProto, dtype: str) -> int:
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if dtype in _BITS:
         return (count * _BITS[dtype] + 7) // 8
     return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)

@@ -89,6 +89,7 @@ class _Signature:
 def _image_signature(name: str, config: ModelConfig) -> _Signature:
     batch = torch.export.Dim("B", min=1)
     vision = config.vision
+    shape: tuple[int, ...]
     if name == "vision_encoder":
         shape = (2, 3, vision.image_size, vision.image_size)
         inputs, outputs = "pixel_values", "image_features"
@@ -212,7 +213,7 @@ def _unbound_shapes(name: str, model: ir.Model) -> dict[str, tuple[int, ...]]:
                 f"{name}: the exporter left the shape or dtype of {value.name} open. "
                 "Install the torch, onnx and onnxscript versions of the lock file."
             )
-        shapes[str(value.name)] = tuple(int(axis) for axis in value.shape)
+        shapes[str(value.name)] = value.shape.numpy()
     return shapes
 
 

@@ -128,7 +128,7 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as a JSON object; ``accuracy`` has one of its own."""
-        return as_json(
+        figures: dict[str, Any] = as_json(
             {
                 "passed": self.passed,
                 "failures": self.failures,
@@ -137,3 +137,4 @@ class ParityReport:
                 "end_to_end": asdict(self.end_to_end),
             }
         )
+        return figures

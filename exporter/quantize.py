@@ -160,7 +160,7 @@ class ModelQuantizer:
     @cached_property
     def _embeds(self) -> list[Array]:
         """float32 [rows, D] of each sample."""
-        found = []
+        found: list[Array] = []
         for features in self._features:
             rows = self.reference.image_embeds(features)
             found.append(rows.reshape(-1, rows.shape[-1]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_export.engines.errors import InputError
+from mvlm_export.engines.kv_cache import CacheArray
 
 from .checkpoint import Checkpoint
 from .config import ModelConfig, read_config
@@ -30,7 +31,7 @@ class Step:
     """What the decoder gives for one call: logits [S, V] and new cache rows per tensor."""
 
     logits: FloatArray
-    rows: list[FloatArray]
+    rows: list[CacheArray]
 
 
 @dataclass(frozen=True)

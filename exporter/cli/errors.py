@@ -48,7 +48,7 @@ def _stop_cleanly_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def run_command(command: click.BaseCommand, arguments: list[str] | None, name: str) -> int:
+def run_command(command: click.Command, arguments: list[str] | None, name: str) -> int:
     """Run a click command; every expected failure becomes one message and an exit code."""
     _stop_cleanly_on_sigterm()
     try:
@@ -83,7 +83,7 @@ def run_command(command: click.BaseCommand, arguments: list[str] | None, name: s
         return _fail(f"{error.strerror or error}{place}. Free space or mend the path.", 2)
 
 
-def entry_point(command: click.BaseCommand, name: str) -> Callable[[], None]:
+def entry_point(command: click.Command, name: str) -> Callable[[], None]:
     """A function for ``[project.scripts]``."""
 
     def main() -> None:

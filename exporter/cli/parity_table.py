@@ -105,7 +105,7 @@ def _print_weights(report: AccuracyReport) -> None:
 
 def _print_tokens(tokens: TokenAccuracy) -> None:
     """Of teacher-forced answers, from picture to logits."""
-    rows = [
+    rows: list[tuple[str, str, str | None]] = [
         ("KL, mean", f"{tokens.kl_mean:.2e} nats", None),
         ("KL, 99th percentile", f"{tokens.kl_p99:.2e} nats", None),
         ("KL, largest", f"{tokens.kl_max:.2e} nats", None),

@@ -143,6 +143,9 @@ class LlamaDecoder(nn.Module):
     MASKED = -1e30
     """Added to the scores of positions that must not be seen (float32)."""
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
