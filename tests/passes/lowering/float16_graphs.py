@@ -10,11 +10,7 @@ from tests.passes.graphs import (
 )
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
-
-
 FP16 = TOLERANCES["float16"].relative
-
-
 BEFORE = (
     HEAD
     + """
