@@ -7,8 +7,8 @@ with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,19 +194,21 @@ class StatePool:
         if not self._reuse:
             state.forget()
 
-    @contextmanager
-    def lease(self, prompt: PromptIds, images: Digests) -> Iterator[DecoderState]:
+    def lease(
+        self, prompt: PromptIds, images: Digests
+    ) -> AbstractContextManager[DecoderState]:
         """The free state that holds most of the prompt; a new one where none is free.
 
         Of equals the one that has been free longest.
         """
         state = self._take(prompt, images) or self.new_state()
         self.renew(state)
-        try:
-            yield state
-        finally:
-            self.free.append(state)
-            del self.free[:-FREE_STATES]
+        return _Lease(self, state)
+
+    def give_back(self, state: DecoderState) -> None:
+        """End a lease."""
+        self.free.append(state)
+        del self.free[:-FREE_STATES]
 
     def _take(self, prompt: PromptIds, images: Digests) -> DecoderState | None:
         while free := self.free.copy():
@@ -215,3 +217,17 @@ class StatePool:
                 self.free.remove(best)
                 return best
         return None
+
+
+class _Lease(AbstractContextManager[DecoderState]):
+    """A state, lent for the block; a class for the reason that ``timings._Pause`` is one."""
+
+    def __init__(self, pool: StatePool, state: DecoderState) -> None:
+        self._pool = pool
+        self._state = state
+
+    def __enter__(self) -> DecoderState:
+        return self._state
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.give_back(self._state)

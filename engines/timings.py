@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 
 PHASES = ("preprocess", "vision", "projector", "prefill", "decode")
@@ -89,11 +89,26 @@ class PhaseClock:
         yield
         self.seconds[name] += self.elapsed() - start
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> AbstractContextManager[None]:
         """Leave the time of the block out."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._start += time.perf_counter() - start
+        return _Pause(self)
+
+    def leave_out(self, seconds: float) -> None:
+        """Count so much less."""
+        self._start += seconds
+
+
+class _Pause(AbstractContextManager[None]):
+    """Time that a clock leaves out.
+
+    A class, as a stream may be dropped within the block: on Python 3.10 an exception that
+    passes a ``contextlib.contextmanager`` is in a cycle with its frames, and what they hold,
+    the cache among it, stays until the garbage collector comes by.
+    """
+
+    def __init__(self, clock: PhaseClock) -> None:
+        self._clock = clock
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.leave_out(time.perf_counter() - self._start)

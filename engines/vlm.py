@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 from .backends import PLAN_BACKENDS, choose_backend, open_backend
@@ -320,9 +320,10 @@ class ChatSession:
         self._stream = weakref.ref(stream)
         return stream
 
-    @contextmanager
-    def _lend_state(self, prompt: PromptIds, images: Digests) -> Iterator[DecoderState]:
-        yield self._state
+    def _lend_state(
+        self, prompt: PromptIds, images: Digests
+    ) -> AbstractContextManager[DecoderState]:
+        return nullcontext(self._state)
 
     def _end_stream(self) -> None:
         stream = self._stream() if self._stream is not None else None
