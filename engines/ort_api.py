@@ -34,6 +34,13 @@ def import_onnxruntime(extra: str = "cpu") -> Any:  # noqa: ANN401
 INT8_CACHE_SINCE = (1, 27)
 """First ONNX Runtime whose CPU keeps keys and values in 8 bits."""
 
+TENSOR_SCATTER_SINCE = (1, 25)
+"""First ONNX Runtime whose CPU has TensorScatter of opset 24."""
+
+FLOAT16_ROUNDS_SINCE = (1, 30)
+"""First ONNX Runtime whose CPU rounds float16 to 8 bits; older ones cut off, which makes other
+numbers of a graph whose activations are quantized (its pull request 32452)."""
+
 
 def require_int8_cache(ort: Any) -> None:  # noqa: ANN401
     """Check that this ONNX Runtime runs decoders with an int8 cache.
@@ -41,13 +48,55 @@ def require_int8_cache(ort: Any) -> None:  # noqa: ANN401
     Raises:
         EngineError: it is too old.
     """
+    _require(
+        ort,
+        INT8_CACHE_SINCE,
+        "A KV cache of int8",
+        "compile the bundle without --kv-cache-dtype",
+    )
+
+
+def require_tensor_scatter(ort: Any) -> None:  # noqa: ANN401
+    """Check that this ONNX Runtime runs decoders whose cache TensorScatter writes.
+
+    Raises:
+        EngineError: it is too old.
+    """
+    _require(
+        ort,
+        TENSOR_SCATTER_SINCE,
+        "A decoder for JetPack 7, whose cache TensorScatter writes,",
+        _WITHOUT,
+    )
+
+
+def require_float16_rounding(ort: Any) -> None:  # noqa: ANN401
+    """Check that this ONNX Runtime's CPU rounds where it quantizes float16 activations.
+
+    Raises:
+        EngineError: it is too old.
+    """
+    _require(
+        ort,
+        FLOAT16_ROUNDS_SINCE,
+        "A float16 graph with 8-bit activations, which older CPU kernels cut off where they "
+        "should round,",
+        _WITHOUT,
+    )
+
+
+_WITHOUT = (
+    "leave ONNX Runtime out: compile with --no-parity and without --verify-passes, and run "
+    "the plans on the device"
+)
+
+
+def _require(ort: Any, since: tuple[int, int], what: str, otherwise: str) -> None:  # noqa: ANN401
     found = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    if found < INT8_CACHE_SINCE:
-        since = ".".join(map(str, INT8_CACHE_SINCE))
+    if found < since:
         raise EngineError(
-            f"A KV cache of int8 needs ONNX Runtime {since} or newer, which needs Python "
-            f"3.11, and {ort.__version__} is installed. Update it, or compile the bundle "
-            "without --kv-cache-dtype."
+            f"{what} needs ONNX Runtime {since[0]}.{since[1]} or newer, which needs Python "
+            f"3.11, and {ort.__version__} is installed. Update it, or {otherwise}."
         )
 
 

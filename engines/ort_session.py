@@ -29,8 +29,15 @@ from .kv_cache import (
     KvForm,
     cache_names,
 )
-from .manifest import LAST_ROWS, NEXT_TOKEN, ModelSpec, graph_tensors
-from .ort_api import import_onnxruntime, ort_errors, require_int8_cache, session_options
+from .manifest import LAST_ROWS, NEXT_TOKEN, GraphSpec, ModelSpec, graph_tensors
+from .ort_api import (
+    import_onnxruntime,
+    ort_errors,
+    require_float16_rounding,
+    require_int8_cache,
+    require_tensor_scatter,
+    session_options,
+)
 from .session import (
     BackendOptions,
     Float32Array,
@@ -39,6 +46,7 @@ from .session import (
     PixelArray,
     not_finite,
 )
+from .targets import get_target
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -71,8 +79,9 @@ class OrtBackend:
     Raises:
         InputError: there is no such provider.
         MissingPackageError: ONNX Runtime is not installed.
-        EngineError: this ONNX Runtime does not have the provider, or is too old for an int8
-            cache; or the bundle is lowered to a form of cache that it does not run.
+        EngineError: this ONNX Runtime does not have the provider, or is too old for the
+            bundle's cache or float16 activations in 8 bits; or the bundle is lowered to a
+            form of cache that it does not run.
     """
 
     def __init__(self, bundle: Bundle, options: BackendOptions) -> None:
@@ -89,8 +98,15 @@ class OrtBackend:
                 "with `--target cpu`."
             )
         self._ort = import_onnxruntime(provider.extra)
-        if bundle.manifest.cache_scales:
+        manifest = bundle.manifest
+        target = get_target(manifest.target, manifest.jetpack)
+        if manifest.cache_scales:
             require_int8_cache(self._ort)
+        if manifest.kv_form == "fixed" and target.scatters_cache:
+            require_tensor_scatter(self._ort)
+        graphs = manifest.graphs.values()
+        if options.provider == "cpu" and any(map(_quantizes_float16, graphs)):
+            require_float16_rounding(self._ort)
         self._bundle = bundle
         self._provider = provider
         self._threads = options.threads
@@ -347,6 +363,11 @@ class OrtKvCache(KvCache):
         whole = np.array(self._buffers[tensor].numpy())
         self.shape.as_rows(whole)[start : start + len(rows)] = rows
         self._buffers[tensor].update_inplace(whole)
+
+
+def _quantizes_float16(graph: GraphSpec) -> bool:
+    """Activations, that is: those alone are factors of products that may saturate."""
+    return graph.dtype == "float16" and graph.may_saturate
 
 
 def _logits_rows(axis: int | str, most: int) -> int | None:

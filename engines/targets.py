@@ -24,6 +24,9 @@ RUNTIME_TITLES: Mapping[str, str] = {
     "onnxruntime": "ONNX Runtime",
 }
 
+ORT_DOMAIN = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
 OPS_PER_CLOCK = 2048
 """Dense FP16 operations of one Orin streaming multiprocessor in a clock; see
 ``jetson_modules.py`` for how this meets the data sheets."""
@@ -150,6 +153,14 @@ class Target:
     def has_engines(self) -> bool:
         """True if graphs become TensorRT plans for this target."""
         return self.runtime != "onnxruntime"
+
+    @property
+    def scatters_cache(self) -> bool:
+        """True if ONNX's TensorScatter (opset 24) writes the decoder's fixed cache.
+
+        Where ONNX Runtime's own operators run, GroupQueryAttention does.
+        """
+        return self.kv_form == "fixed" and ORT_DOMAIN not in self.extra_domains
 
     @property
     def times_kernels(self) -> bool:
@@ -283,7 +294,7 @@ def _onnxruntime(
         op_set=None,
         dtypes=_ONNXRUNTIME_DTYPES,
         io_only_dtypes=frozenset(),
-        extra_domains=frozenset({"com.microsoft"}),
+        extra_domains=frozenset({ORT_DOMAIN}),
         symmetric_quantization=False,
         kv_form=kv_form,
         default_recipe=recipe,

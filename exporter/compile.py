@@ -16,7 +16,12 @@ from mvlm_export.engines.doctor import read_memory
 from mvlm_export.engines.errors import MissingPackageError
 from mvlm_export.engines.kv_cache import cache_names
 from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec
-from mvlm_export.engines.ort_api import import_onnxruntime, require_int8_cache
+from mvlm_export.engines.ort_api import (
+    import_onnxruntime,
+    require_float16_rounding,
+    require_int8_cache,
+    require_tensor_scatter,
+)
 from mvlm_export.engines.plan_profiles import stored_weight_kind
 from mvlm_export.engines.prefix import PromptPrefix, save_prefix
 from mvlm_export.engines.prompt import get_template, tokenize_constant_prefix
@@ -24,6 +29,7 @@ from mvlm_export.engines.trt_api import load_tensorrt
 from mvlm_export.engines.trt_profiles import WeightKind
 from mvlm_export.passes.conformance import check_conformance
 from mvlm_export.passes.lowering.quantize_kv_cache import quantize_rows
+from mvlm_export.passes.pipeline import TENSOR_SCATTER_PASS
 
 from .assemble import copy_files, graph_spec, tool_versions
 from .compile_inputs import CompileInputs, model_quantizer, read_inputs
@@ -123,9 +129,8 @@ class Compiler:
         if self.resolved.builds_here:
             load_tensorrt(self.resolved.target.runtime)
         if importlib.util.find_spec("onnxruntime") is not None:
-            runs = self.given.parity or self.given.verify_passes
-            if runs and self.resolved.recipe.decoder.kv_cache_dtype is not None:
-                require_int8_cache(import_onnxruntime())
+            if self.given.parity or self.given.verify_passes:
+                self._check_onnxruntime(import_onnxruntime())
             return
         if self.given.parity:
             raise MissingPackageError(
@@ -138,6 +143,19 @@ class Compiler:
                 "--verify-passes runs the graphs in ONNX Runtime, which is not installed. "
                 "Install it with `pip install 'mvlm-export[cpu]'`, or leave it out."
             )
+
+    def _check_onnxruntime(self, ort: Any) -> None:  # noqa: ANN401
+        """It runs the decoder that is made."""
+        recipe = self.resolved.recipe
+        if recipe.decoder.kv_cache_dtype is not None:
+            require_int8_cache(ort)
+        parts = [recipe.graph(name) for name in COMPONENTS]
+        quantizes = any(part.activations or part.attention for part in parts)
+        if quantizes and self.resolved.dtype == "float16":
+            require_float16_rounding(ort)
+        scatters = TENSOR_SCATTER_PASS not in self.given.disabled_passes
+        if self.resolved.target.scatters_cache and scatters:
+            require_tensor_scatter(ort)
 
     def _meet_budget(self, inputs: CompileInputs) -> dict[str, Any]:
         """Choose the decoder's bits within ``--budget``, and go on with that recipe."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mvlm_export.engines.errors import InputError
 from mvlm_export.engines.kv_cache import KvForm
-from mvlm_export.engines.targets import TARGETS, Target
+from mvlm_export.engines.targets import ORT_DOMAIN, TARGETS, Target
 
 from .base import Expect, Step
 from .decoder.choose_greedy_token import ChooseGreedyToken
@@ -54,11 +54,11 @@ FLOAT16_PASS = ConvertToFloat16.name
 KV_CACHE_PASS = QuantizeKvCache.name
 """What makes an 8-bit cache."""
 
+TENSOR_SCATTER_PASS = UseTensorScatter.name
+"""What makes the fixed form of a cache out of ONNX's own operators."""
+
 LAST_ROW_PASS = KeepLastRow.name
 """What leaves the logits of the last token alone."""
-
-CONTRIB = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
 
 KEPT_FLOAT32 = frozenset({"logits"})
 """Inputs and outputs that stay float32 in a float16 graph."""
@@ -287,7 +287,7 @@ def require_kv_cache(
 
 def _fixed_form(target: Target) -> type[UseGroupQueryAttention] | type[UseTensorScatter]:
     """What makes the fixed form out of the append form for a target."""
-    return UseGroupQueryAttention if CONTRIB in target.extra_domains else UseTensorScatter
+    return UseTensorScatter if target.scatters_cache else UseGroupQueryAttention
 
 
 def _lower(
@@ -298,7 +298,7 @@ def _lower(
     cache_scales: Mapping[str, float],
 ) -> list[Step]:
     form = cache_form(facts, target, options)
-    has_contrib = CONTRIB in target.extra_domains
+    has_contrib = ORT_DOMAIN in target.extra_domains
     steps: list[Step] = []
     if name == "decoder" and form == "fixed":
         rewrite = _fixed_form(target)(facts.positions)

@@ -32,7 +32,7 @@ def derive_bundle(
     path: Path,
     edits: Mapping[str, Edit] | None = None,
     dtype: str = "float32",
-    prefix: bool = False,
+    prefix: bool | Path = False,
     **fields: Any,
 ) -> Path:
     """Another bundle of the same weights.
@@ -40,7 +40,8 @@ def derive_bundle(
     Args:
         edits: what is done to a graph, by its name; the other graphs are copied.
         dtype: of the graphs.
-        prefix: ship the rows of the template's constant prefix.
+        prefix: ship the rows of the template's constant prefix; those of a bundle, by its
+            path.
         fields: of the manifest.
     """
     manifest = replace(Bundle.load(source, verify=False).manifest, **fields)
@@ -57,7 +58,9 @@ def derive_bundle(
                 shutil.copytree(source / name, writer.folder / name)
             graphs[name] = graph_spec(writer.folder, name, dtype)
         manifest = replace(manifest, graphs=graphs)
-        if prefix:
+        if isinstance(prefix, Path):
+            shutil.copy(prefix / PREFIX, writer.folder)
+        elif prefix:
             add_prefix(Bundle(writer.folder, manifest))
         writer.seal(manifest)
         writer.commit()

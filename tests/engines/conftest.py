@@ -147,7 +147,9 @@ def tiny_prefix(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Ti
 
 
 @pytest.fixture(scope="session")
-def tiny_fixed(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+def tiny_fixed(
+    tiny: TinyModel, tiny_prefix: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> TinyModel:
     """The tiny bundle with a fixed cache, a prompt prefix and the choice in the graph."""
     path = tmp_path_factory.mktemp("fixed") / "bundle"
 
@@ -155,8 +157,8 @@ def tiny_fixed(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Tin
         UseTensorScatter(CONFIG.text.max_position_embeddings).apply(graph)
         add_next_token(graph)
 
-    edits = {"decoder": edit}
-    derived = derive_bundle(tiny.path, path, edits, prefix=True, kv_form="fixed")
+    edits, prefix = {"decoder": edit}, tiny_prefix.path
+    derived = derive_bundle(tiny.path, path, edits, prefix=prefix, kv_form="fixed")
     return replace(tiny, path=derived)
 
 

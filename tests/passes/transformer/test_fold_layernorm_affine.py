@@ -180,7 +180,7 @@ def refuse(graph, reason):
 
 
 @given(
-    width=st.integers(1, 9),
+    width=st.integers(2, 9),  # of one number ONNX Runtime 1.23 takes no norm
     out=st.integers(1, 9),
     batch=st.integers(1, 3),
     seed=st.integers(0, 1000),
