@@ -38,8 +38,13 @@ TENSOR_SCATTER_SINCE = (1, 25)
 """First ONNX Runtime whose CPU has TensorScatter of opset 24."""
 
 FLOAT16_ROUNDS_SINCE = (1, 30)
-"""First ONNX Runtime whose CPU rounds float16 to 8 bits; older ones cut off, which makes other
-numbers of a graph whose activations are quantized (its pull request 32452)."""
+"""First ONNX Runtime whose CPU rounds where it quantizes float16; older ones truncate, so that
+8-bit activations are others (microsoft/onnxruntime, pull request 32452)."""
+
+_WITHOUT = (
+    "leave ONNX Runtime out: compile with --no-parity and without --verify-passes, and run "
+    "the plans on the device"
+)
 
 
 def require_int8_cache(ort: Any) -> None:  # noqa: ANN401
@@ -79,16 +84,10 @@ def require_float16_rounding(ort: Any) -> None:  # noqa: ANN401
     _require(
         ort,
         FLOAT16_ROUNDS_SINCE,
-        "A float16 graph with 8-bit activations, which older CPU kernels cut off where they "
-        "should round,",
+        "A float16 graph with 8-bit activations, which older CPU kernels truncate where "
+        "they should round,",
         _WITHOUT,
     )
-
-
-_WITHOUT = (
-    "leave ONNX Runtime out: compile with --no-parity and without --verify-passes, and run "
-    "the plans on the device"
-)
 
 
 def _require(ort: Any, since: tuple[int, int], what: str, otherwise: str) -> None:  # noqa: ANN401

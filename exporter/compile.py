@@ -145,7 +145,7 @@ class Compiler:
             )
 
     def _check_onnxruntime(self, ort: Any) -> None:  # noqa: ANN401
-        """It runs the decoder that is made."""
+        """Refuse one that is too old for what is made."""
         recipe = self.resolved.recipe
         if recipe.decoder.kv_cache_dtype is not None:
             require_int8_cache(ort)

@@ -33,7 +33,7 @@ _LACKS = (
     "official support for domain ai.onnx is till opset 23",
     "Failed to find kernel for TensorScatter",
     "whose cache TensorScatter writes, needs ONNX Runtime",
-    "cut off where they should round, needs ONNX Runtime",
+    "truncate where they should round, needs ONNX Runtime",
 )
 
 

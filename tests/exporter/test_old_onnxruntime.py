@@ -18,7 +18,7 @@ TENSOR_SCATTER = (
     r"whose cache TensorScatter writes, needs ONNX Runtime 1\.25 .* 1\.24\.4 is installed"
 )
 ROUNDING = (
-    r"8-bit activations, which older CPU kernels cut off where they should round, needs ONNX "
+    r"8-bit activations, which older CPU kernels truncate where they should round, needs ONNX "
     r"Runtime 1\.30 .* 1\.29\.0 is installed"
 )
 TOO_OLD = {
