@@ -29,15 +29,9 @@ from .kv_cache import (
     KvForm,
     cache_names,
 )
-from .manifest import LAST_ROWS, NEXT_TOKEN, GraphSpec, ModelSpec, graph_tensors
-from .ort_api import (
-    import_onnxruntime,
-    ort_errors,
-    require_float16_rounding,
-    require_int8_cache,
-    require_tensor_scatter,
-    session_options,
-)
+from .manifest import LAST_ROWS, NEXT_TOKEN, ModelSpec, graph_tensors
+from .ort_api import import_onnxruntime, ort_errors, session_options
+from .ort_releases import require_release_for
 from .session import (
     BackendOptions,
     Float32Array,
@@ -46,7 +40,6 @@ from .session import (
     PixelArray,
     not_finite,
 )
-from .targets import get_target
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -98,15 +91,7 @@ class OrtBackend:
                 "with `--target cpu`."
             )
         self._ort = import_onnxruntime(provider.extra)
-        manifest = bundle.manifest
-        target = get_target(manifest.target, manifest.jetpack)
-        if manifest.cache_scales:
-            require_int8_cache(self._ort)
-        if manifest.kv_form == "fixed" and target.scatters_cache:
-            require_tensor_scatter(self._ort)
-        graphs = manifest.graphs.values()
-        if options.provider == "cpu" and any(map(_quantizes_float16, graphs)):
-            require_float16_rounding(self._ort)
+        require_release_for(self._ort, bundle.manifest, options.provider)
         self._bundle = bundle
         self._provider = provider
         self._threads = options.threads
@@ -363,11 +348,6 @@ class OrtKvCache(KvCache):
         whole = np.array(self._buffers[tensor].numpy())
         self.shape.as_rows(whole)[start : start + len(rows)] = rows
         self._buffers[tensor].update_inplace(whole)
-
-
-def _quantizes_float16(graph: GraphSpec) -> bool:
-    """Activations, that is: those alone are factors of products that may saturate."""
-    return graph.dtype == "float16" and graph.may_saturate
 
 
 def _logits_rows(axis: int | str, most: int) -> int | None:

@@ -16,8 +16,8 @@ from mvlm_export.engines.doctor import read_memory
 from mvlm_export.engines.errors import MissingPackageError
 from mvlm_export.engines.kv_cache import cache_names
 from mvlm_export.engines.manifest import GraphSpec, Manifest, ModelSpec
-from mvlm_export.engines.ort_api import (
-    import_onnxruntime,
+from mvlm_export.engines.ort_api import import_onnxruntime
+from mvlm_export.engines.ort_releases import (
     require_float16_rounding,
     require_int8_cache,
     require_tensor_scatter,

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from mvlm_export.engines.errors import EngineError
-from mvlm_export.engines.ort_api import (
+from mvlm_export.engines.ort_releases import (
     require_float16_rounding,
     require_int8_cache,
     require_tensor_scatter,

@@ -22,10 +22,12 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mvlm_export.engines.targets import ORT_DOMAIN
+
 from ..base import Pass, PassResult, Tally
 from ..editing import consumers, insert_node, replace_tensor
 from ..matching import Match, any_, constant_problem, find_matches, op
-from .use_matmul_nbits import DOMAIN, zero_point_problem
+from .use_matmul_nbits import zero_point_problem
 
 _INT4, _INT8 = np.dtype(ml_dtypes.int4), np.dtype(np.int8)
 _LEAST_BLOCK = 16
@@ -89,7 +91,7 @@ def _gather_blocks(graph: gs.Graph, match: Match) -> gs.Variable:
             "quantize_axis": 1,
         },
         stem=f"{match.root.name}.dequantized",
-        domain=DOMAIN,
+        domain=ORT_DOMAIN,
     )
 
 

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mvlm_export.engines.targets import ORT_DOMAIN
+
 from ..base import Pass, PassResult, Tally, Tensors, numpy_dtype
 from ..deferred import Array
 from ..editing import consumers, fresh_name, producer
-from .use_group_query_attention import DOMAIN
 
 BITS = 8
 _LOWEST, _HIGHEST = -128, 127
@@ -50,7 +51,7 @@ class QuantizeKvCache(Pass):
     def run(self, graph: gs.Graph) -> PassResult:
         tally = Tally()
         for node in graph.nodes:
-            if node.op != "GroupQueryAttention" or node.domain != DOMAIN:
+            if node.op != "GroupQueryAttention" or node.domain != ORT_DOMAIN:
                 continue
             problem = self._problem(graph, node)
             if problem is None:

@@ -23,13 +23,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from mvlm_export.engines.targets import ORT_DOMAIN
+
 from ..deferred import Array, derive, values_of
 from ..editing import fresh_name, insert_node, producer, replace_tensor
 from ..matching import Match, any_, cast, match_tensor, one_of, op
 from .decoder_attention import AttentionBlock, is_positions
 from .fixed_cache import FixedCachePass, make_present
 
-DOMAIN = "com.microsoft"
 HEAD_MULTIPLE = 16
 """ONNX Runtime's kernel takes a head_dim in multiples of this."""
 
@@ -144,7 +145,7 @@ class UseGroupQueryAttention(FixedCachePass):
         attrs |= {"do_rotary": 1, "scale": block.scale}
         inputs = [*flat, *block.pasts, *parameters]
         outputs = [output, *presents]
-        node = gs.Node("GroupQueryAttention", name, attrs, inputs, outputs, domain=DOMAIN)
+        node = gs.Node("GroupQueryAttention", name, attrs, inputs, outputs, domain=ORT_DOMAIN)
         graph.nodes.append(node)
         by_head = [output, np.array([-1, heads, head_dim])]
         attended = insert_node(graph, "Reshape", by_head, block.match.root)

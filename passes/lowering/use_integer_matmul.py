@@ -22,12 +22,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mvlm_export.engines.targets import ORT_DOMAIN
+
 from ..base import Pass, PassResult, Tally, numpy_dtype
 from ..deferred import Array, derive, values_of
 from ..editing import consumers, fresh_name, insert_node, is_graph_output, replace_tensor
 from ..matching import Match, any_, constant_problem, find_matches, is_op, op
 
-DOMAIN = "com.microsoft"
 LARGEST = 64
 """Codes of weights reach so far: two products with 255 fit into 16 signed bits."""
 
@@ -129,7 +130,7 @@ def _replace(graph: gs.Graph, match: Match, quantized: dict[int, gs.Variable]) -
         inputs if bias is None else [*inputs, bias],
         biased,
         stem=f"{match['product'].name or match.root.name}.integer",
-        domain=DOMAIN,
+        domain=ORT_DOMAIN,
     )
     replace_tensor(graph, biased, product)
 

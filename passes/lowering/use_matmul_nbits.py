@@ -23,13 +23,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from mvlm_export.engines.errors import PassError
+from mvlm_export.engines.targets import ORT_DOMAIN
 
 from ..base import Pass, PassResult, Tally
 from ..deferred import Array, derive, values_of
 from ..editing import fresh_name, insert_node, replace_tensor
 from ..matching import Match, any_, constant_problem, find_matches, op
 
-DOMAIN = "com.microsoft"
 LEVELS = {0: "unset", 1: "float32", 2: "float16", 3: "bfloat16", 4: "int8"}
 """Least accuracy of the activations by ``accuracy_level``."""
 INT8 = 4
@@ -93,7 +93,7 @@ class UseMatMulNBits(Pass):
             match.root,
             attrs=attrs,
             stem=f"{match.nodes[0].name}_nbits",
-            domain=DOMAIN,
+            domain=ORT_DOMAIN,
         )
         replace_tensor(graph, match.root, product)
 

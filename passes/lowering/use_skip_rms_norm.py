@@ -13,12 +13,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from mvlm_export.engines.targets import ORT_DOMAIN
+
 from ..base import Pass, PassResult, Tally
 from ..deferred import values_of
 from ..editing import consumers, fresh_name, is_graph_output, producer, replace_tensor
 from ..matching import Match, any_, const, describe, find_matches, op
-
-DOMAIN = "com.microsoft"
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 _SQUARE = op("Mul", any_("x"), any_("x"))
@@ -85,7 +85,7 @@ def _replace(graph: gs.Graph, match: Match) -> None:
         {"epsilon": float(values_of(match["epsilon"]).item())},
         [*add.inputs, weight],
         [output, *unused, total],
-        domain=DOMAIN,
+        domain=ORT_DOMAIN,
     )
     graph.nodes.append(node)
     replace_tensor(graph, normed, output)

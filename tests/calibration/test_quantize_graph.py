@@ -12,7 +12,7 @@ from mvlm_export.calibration.quantized_weight import WeightStore
 from mvlm_export.calibration.recipe import INT8, PRODUCT, RECIPES, GraphRecipe, Rule
 from mvlm_export.calibration.weight_grids import WeightFormat
 from mvlm_export.engines.errors import InputError
-from mvlm_export.engines.ort_api import require_float16_rounding
+from mvlm_export.engines.ort_releases import require_float16_rounding
 from mvlm_export.engines.targets import get_target
 from mvlm_export.passes.base import PassManager
 from mvlm_export.passes.deferred import values_of
